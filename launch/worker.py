@@ -1,0 +1,125 @@
+"""One rank: reads its place from the environment, joins the others, trains, and says how it ended."""
+
+import argparse
+import faulthandler
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+
+from farspan.launch import pulse
+from farspan.launch.exit import Exit
+
+if __name__ == "__mp_main__":
+    logging.disable(logging.INFO)    # the process that writes checkpoints imports this file again, and is talkative
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`launch worker --run FOLDER`, under RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT."""
+    parser = argparse.ArgumentParser(prog="launch worker", description=__doc__)
+    parser.add_argument("--run", required=True, type=Path, metavar="FOLDER", help="the run folder, with its config.yaml")
+    return work(parser.parse_args(arguments).run)
+
+
+class Ears:
+    """Hears the wish to stop: SIGTERM, SIGUSR1 and SIGINT are the same to a rank."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._hear)
+        faulthandler.register(signal.SIGUSR2)    # the agent asks a rank that hangs where it is
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+
+
+def work(folder: Path, keep_status: bool = False) -> int:
+    """Trains the run in `folder` as this rank; returns the exit code, with the last words written.
+
+    `keep_status`: no supervisor watches, so this rank writes status.json itself.
+    """
+    ears = Ears()
+    if keep_status:
+        _status(folder, "running", None, None, "")
+    step: list[int | None] = [None]
+    try:
+        code, reason = _train(folder, ears, step)
+    except ValueError as error:    # a configuration that only showed itself wrong against data, model or checkpoint
+        _print_error(error)
+        code, reason = Exit.CONFIG, str(error)
+    except BaseException as error:    # DCP and gloo raise beyond Exception; whatever it is, the agent must hear of it
+        _print_error(error)
+        code, reason = Exit.RETRY, f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+    pulse.farewell(code, step[0], reason)
+    if keep_status:
+        states = {Exit.DONE: "done", Exit.PREEMPTED: "preempted"}
+        _status(folder, states.get(code, "failed"), int(code), step[0], reason)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code not in (Exit.DONE, Exit.PREEMPTED):
+        os._exit(code)    # other ranks may be gone: no collective clean-up can be waited for
+    return int(code)
+
+
+def _status(folder: Path, state: str, code: int | None, step: int | None, reason: str) -> None:
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    told = {"state": state, "exit_code": code, "step": step, "reason": reason, "attempt": attempt}
+    pulse.publish(folder / "status.json", told)
+
+
+def _print_error(error: BaseException) -> None:
+    if not isinstance(error, ValueError):
+        traceback.print_exception(error)
+    print(f"error on rank {os.environ['RANK']}: {error}", file=sys.stderr, flush=True)
+
+
+def _train(folder: Path, ears: Ears, step: list[int | None]) -> tuple[Exit, str]:
+    import torch
+    import torch.distributed as dist
+
+    from farspan.launch import run as runs
+    from farspan.launch import runner
+    from farspan.parallel.mesh import Mesh
+    from farspan.platform import config
+    from farspan.platform.trainer import Surroundings, Trainer, prepare
+
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=10))
+    dist.barrier(group=(control := dist.new_group(backend="gloo")))    # under torchrun, rank 0 writes the config first
+    run = runs.decode(config.read(folder / "config.yaml"), world=world)
+    cuda = runner.device(run.launch) == "cuda"
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    prepare(run.job, device)
+
+    def say(text: str) -> None:
+        if rank == 0:
+            print(text, flush=True)
+
+    def beat(now: int) -> None:
+        step[0] = now
+        pulse.beat(now)
+
+    around = Surroundings(folder=folder, say=say, stopping=lambda: ears.asked, beat=beat, config=run.tree())
+    trainer = Trainer(run.job, Mesh(run.job.parallel.sizes(world), device, control), around)
+    beat(trainer.state.step)
+    outcome = trainer.run()
+    step[0] = outcome.step
+    say(f"{outcome.kind}: {outcome.reason}")
+    codes = {"done": Exit.DONE, "preempted": Exit.PREEMPTED, "not_finite": Exit.NOT_FINITE, "unsaved": Exit.RETRY}
+    if codes[outcome.kind].clean:
+        dist.barrier(group=control)
+        dist.destroy_process_group()
+    return codes[outcome.kind], outcome.reason
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""A causal decoder, described by a list of runs of equal blocks."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from farspan.kernels.random import Normal
+from farspan.models.block import Block
+from farspan.models.loss import summed_loss
+from farspan.models.mixers.softmax import Angles
+from farspan.models.norm import RMSNorm
+from farspan.models.rope import Rope
+from farspan.parallel.context.local import Local
+from farspan.parallel.context.shard import Batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoder:
+    width: int
+    blocks: tuple[Block, ...]
+    vocabulary: int | None = None
+    """Rows of the embedding and the head; null: the tokenizer's size, rounded up to 64."""
+    tied: bool = False
+    """The head is the embedding."""
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if self.width < 1:
+            raise ValueError(f"width={self.width}: must be at least 1")
+        if not self.blocks:
+            raise ValueError("blocks=[]: needs at least one block")
+        if self.vocabulary is not None and self.vocabulary < 2:
+            raise ValueError(f"vocabulary={self.vocabulary}: must be at least 2, or null")
+        for i, block in enumerate(self.blocks):
+            for problem in block.mixer.problems(self.width) if block.mixer else []:
+                raise ValueError(f"blocks.{i}.mixer.{problem}")
+
+    @property
+    def depth(self) -> int:
+        return sum(block.repeat for block in self.blocks)
+
+    def build(self, vocabulary: int, context: Local) -> "DecoderModel":
+        """The model for a tokenizer of `vocabulary` tokens, on torch's current default device."""
+        if self.vocabulary is not None and self.vocabulary < vocabulary:
+            raise ValueError(
+                f"model.vocabulary={self.vocabulary}: the tokenizer has {vocabulary} tokens; raise it, or set null"
+            )
+        return DecoderModel(self, self.vocabulary or -(-vocabulary // 64) * 64, context)
+
+
+class DecoderModel(nn.Module):
+    """Tokens to summed loss, or to logits at chosen places."""
+
+    def __init__(self, config: Decoder, vocabulary: int, context: Local) -> None:
+        super().__init__()
+        width, depth, eps = config.width, config.depth, config.norm_eps
+        self.embed = nn.Embedding(vocabulary, width)
+        runs = [block for block in config.blocks for _ in range(block.repeat)]
+        self.layers = nn.ModuleList(block.build(width, depth, eps, context) for block in runs)
+        self.norm = RMSNorm(width, eps)
+        self.head = None if config.tied else nn.Linear(width, vocabulary, bias=False)
+        self.rotations = [(b.mixer.rope, b.mixer.key_dim(width)) if b.mixer and b.mixer.rope else None for b in runs]
+
+    def initial(self) -> dict[str, Normal]:
+        std = self.embed.embedding_dim**-0.5
+        head = {} if self.head is None else {"head.weight": Normal(0.0, std)}
+        return {"embed.weight": Normal(0.0, std), **head}
+
+    def flops(self, lengths: tuple[int, ...]) -> int:
+        """Forward operations for documents of these lengths; a backward is twice that."""
+        layers = sum(layer.flops(lengths) for layer in self.layers)    # type: ignore[operator]
+        return int(layers + 2 * sum(lengths) * self.embed.weight.numel())
+
+    def forward(self, batch: Batch, at: Tensor | None = None) -> Tensor:
+        """Without `at`: the summed loss of the batch, in nats. With `at` (int64 places in the T of row 0): N V logits."""
+        x = self.embed(batch.tokens)    # B T D
+        angles = self.angles(batch.positions)
+        for layer, rotation in zip(self.layers, self.rotations, strict=True):
+            x = layer(x, None if rotation is None else angles[rotation], batch.cu_seqlens)
+        head = self.embed.weight if self.head is None else self.head.weight
+        if at is not None:
+            return self.norm(x[0, at]) @ head.T
+        return summed_loss(self.norm(x), head, batch.labels)
+
+    def angles(self, positions: Tensor) -> dict[tuple[Rope, int], Angles]:
+        """The rotations that the layers use, each computed once."""
+        with torch.no_grad():
+            return {r: r[0].angles(positions, r[1]) for r in dict.fromkeys(self.rotations) if r is not None}
+
+
+def initial(model: nn.Module) -> dict[str, Normal]:
+    """How every weight of a model begins, by its full name; what its modules declare, gathered."""
+    return {
+        f"{path}.{name}" if path else name: start
+        for path, module in model.named_modules()
+        if hasattr(module, "initial")
+        for name, start in module.initial().items()
+    }

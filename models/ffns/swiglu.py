@@ -1,0 +1,46 @@
+"""SwiGLU (Shazeer, 2020): silu(x·gate) ∘ (x·up), then down."""
+
+from dataclasses import dataclass
+from math import sqrt
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from farspan.kernels.random import Normal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Swiglu:
+    hidden: int
+
+    def __post_init__(self) -> None:
+        if self.hidden < 1:
+            raise ValueError(f"hidden={self.hidden}: must be at least 1; 8/3 of the width is usual")
+
+    def build(self, width: int, depth: int) -> "SwigluFfn":
+        return SwigluFfn(self, width, depth)
+
+
+class SwigluFfn(nn.Module):
+    def __init__(self, config: Swiglu, width: int, depth: int) -> None:
+        super().__init__()
+        self.depth = depth
+        self.to_gate = nn.Linear(width, config.hidden, bias=False)
+        self.to_up = nn.Linear(width, config.hidden, bias=False)
+        self.to_out = nn.Linear(config.hidden, width, bias=False)
+
+    def initial(self) -> dict[str, Normal]:
+        inner, outer = self.to_gate.in_features, self.to_out.in_features
+        return {
+            "to_gate.weight": Normal(0.0, inner**-0.5),
+            "to_up.weight": Normal(0.0, inner**-0.5),
+            "to_out.weight": Normal(0.0, outer**-0.5 / sqrt(2 * self.depth)),
+        }
+
+    def flops(self, lengths: tuple[int, ...]) -> int:
+        """Forward operations for documents of these lengths: two per weight and token."""
+        return 2 * sum(lengths) * 3 * self.to_out.weight.numel()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.to_out(F.silu(self.to_gate(x)) * self.to_up(x))    # B T D
+        return out

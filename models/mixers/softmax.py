@@ -1,0 +1,116 @@
+"""Softmax attention with grouped queries (Vaswani et al., 2017; Ainslie et al., 2023)."""
+
+from dataclasses import dataclass
+from math import sqrt
+
+import torch
+from torch import Tensor, nn
+
+from farspan.kernels.random import Normal
+from farspan.models.norm import RMSNorm
+from farspan.models.rope import Rope, rotate
+from farspan.parallel.context.local import Local
+
+Angles = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Softmax:
+    """Causal attention within each document."""
+
+    heads: int
+    kv_heads: int | None = None
+    """Key and value heads, each shared by heads/kv_heads query heads; None: as many as `heads`."""
+    head_dim: int | None = None
+    """Channels of a head; None: width / heads."""
+    rope: Rope | None = Rope()
+    """Rotary positions; null: none."""
+    qk_norm: bool = False
+    """RMSNorm of each query and key before the rotation (Henry et al., 2020)."""
+    window: int | None = None
+    """A token sees itself and the window-1 before it; null: all before it."""
+    softcap: float | None = None
+    """Scores become softcap·tanh(score/softcap), as in Gemma 2."""
+    sinks: bool = False
+    """A learned logit a head that joins the softmax and carries no value (gpt-oss)."""
+
+    def __post_init__(self) -> None:
+        for name in ("heads", "kv_heads", "head_dim", "window"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: must be at least 1")
+        if self.kv_heads is not None and self.heads % self.kv_heads:
+            raise ValueError(f"kv_heads={self.kv_heads}: must divide heads={self.heads}")
+        if self.head_dim is not None and self.head_dim % 2 and self.rope is not None:
+            raise ValueError(f"head_dim={self.head_dim}: must be even for rope; or set rope: null")
+        if self.softcap is not None and self.softcap <= 0:
+            raise ValueError(f"softcap={self.softcap}: must be positive; null for none")
+
+    def key_dim(self, width: int) -> int:
+        return self.head_dim or width // self.heads
+
+    def problems(self, width: int) -> list[str]:
+        """What keeps this attention from a model of `width`."""
+        if self.head_dim is None and width % self.heads:
+            return [f"heads={self.heads}: must divide width={width}; or give head_dim"]
+        if self.rope is not None and self.key_dim(width) % 2:
+            return [f"heads={self.heads}: leaves head_dim={self.key_dim(width)}, odd; rope needs it even"]
+        return []
+
+    def build(self, width: int, depth: int, eps: float, context: Local) -> "SoftmaxMixer":
+        return SoftmaxMixer(self, width, depth, eps, context)
+
+
+class SoftmaxMixer(nn.Module):
+    def __init__(self, config: Softmax, width: int, depth: int, eps: float, context: Local) -> None:
+        super().__init__()
+        self.config, self.depth, self.context = config, depth, context
+        self.key_dim = config.key_dim(width)
+        inner, shared = config.heads * self.key_dim, (config.kv_heads or config.heads) * self.key_dim
+        self.to_q = nn.Linear(width, inner, bias=False)
+        self.to_k = nn.Linear(width, shared, bias=False)
+        self.to_v = nn.Linear(width, shared, bias=False)
+        self.to_out = nn.Linear(inner, width, bias=False)
+        self.norm_q = RMSNorm(self.key_dim, eps) if config.qk_norm else None
+        self.norm_k = RMSNorm(self.key_dim, eps) if config.qk_norm else None
+        self.sinks = nn.Parameter(torch.empty(config.heads)) if config.sinks else None
+
+    def initial(self) -> dict[str, Normal]:
+        into = Normal(0.0, self.to_q.in_features**-0.5)
+        out = Normal(0.0, self.to_out.in_features**-0.5 / sqrt(2 * self.depth))
+        sinks = {"sinks": Normal(0.0, 0.0)} if self.sinks is not None else {}
+        return {"to_q.weight": into, "to_k.weight": into, "to_v.weight": into, "to_out.weight": out, **sinks}
+
+    def flops(self, lengths: tuple[int, ...]) -> int:
+        """Forward operations for documents of these lengths: projections, and two products for each visible pair."""
+        weights = 2 * (self.to_q.weight.numel() + self.to_k.weight.numel())
+        pairs = sum(_pairs(length, self.config.window) for length in lengths)
+        return 2 * sum(lengths) * weights + 4 * pairs * self.config.heads * self.key_dim
+
+    def forward(self, x: Tensor, angles: Angles | None, cu_seqlens: Tensor | None) -> Tensor:
+        q = self.to_q(x).unflatten(-1, (-1, self.key_dim))    # B T H K
+        k = self.to_k(x).unflatten(-1, (-1, self.key_dim))    # B T Hkv K
+        v = self.to_v(x).unflatten(-1, (-1, self.key_dim))    # B T Hkv K
+        if self.norm_q is not None and self.norm_k is not None:
+            q, k = self.norm_q(q), self.norm_k(k)
+        if angles is not None:
+            q, k = rotate(q, angles), rotate(k, angles)
+        config = self.config
+        out = self.context.attend(
+            q,
+            k,
+            v,
+            causal=True,
+            window=config.window,
+            cu_seqlens=cu_seqlens,
+            softcap=config.softcap,
+            sinks=self.sinks,
+        )
+        mixed: Tensor = self.to_out(out.flatten(-2))    # B T D
+        return mixed
+
+
+def _pairs(length: int, window: int | None) -> int:
+    """How many (query, key) pairs a causal document of this length has, under a window."""
+    seen = length if window is None else min(window, length)
+    return seen * (seen + 1) // 2 + (length - seen) * seen

@@ -1,0 +1,142 @@
+"""The ranks of a run in two views over the same list: dense (pp dp cp tp) and expert (pp edp ep etp)."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from farspan.parallel.context import Auto, Context
+
+Axis = Literal["pp", "dp", "cp", "tp", "edp", "ep", "etp", "replicate", "shard"]
+Size = int | Literal["auto"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel:
+    """How the ranks are used: world = pp·dp·cp·tp = pp·edp·ep·etp."""
+
+    dp: Size = "auto"
+    """Data parallel: `auto` takes what the other axes leave."""
+    shard: Size = "auto"
+    """Ranks of dp·cp that hold one copy of the weights between them; fewer than all is hybrid sharding."""
+    cp: int = 1
+    tp: int = 1
+    pp: int = 1
+    ep: int = 1
+    etp: int = 1
+    context: Context = Auto()
+
+    def problems(self, world: int) -> list[str]:
+        """What keeps these sizes from covering `world` ranks."""
+        found = [
+            f"parallel.{axis}={size}: must be at least 1"
+            for axis in ("dp", "shard", "cp", "tp", "pp", "ep", "etp")
+            if isinstance(size := getattr(self, axis), int) and size < 1
+        ]
+        found += [
+            f"parallel.{axis}={size}: this version trains with {axis}=1 only; set it to 1 and give the ranks to dp"
+            for axis in ("cp", "tp", "pp", "ep", "etp")
+            if (size := getattr(self, axis)) > 1
+        ]
+        if found:
+            return found
+        inner = self.cp * self.tp * self.pp
+        if world % inner or (self.dp != "auto" and self.dp * inner != world):
+            return [
+                f"parallel: pp={self.pp} · dp={self.dp} · cp={self.cp} · tp={self.tp} must be the {world} ranks of "
+                f"launch; try dp={max(1, world // inner)}, or launch.ranks={self.dp if self.dp != 'auto' else inner}"
+            ]
+        whole = world // self.pp // self.tp
+        if self.shard != "auto" and whole % self.shard:
+            return [f"parallel.shard={self.shard}: must divide dp·cp={whole}; try {_divisor(whole, self.shard)}"]
+        return []
+
+    def sizes(self, world: int) -> "Sizes":
+        """The sizes with every `auto` resolved; ValueError when they do not cover `world`."""
+        if problems := self.problems(world):
+            raise ValueError("\n".join(problems))
+        dp = world // (self.cp * self.tp * self.pp)
+        shard = dp * self.cp if self.shard == "auto" else self.shard
+        return Sizes(pp=self.pp, dp=dp, cp=self.cp, tp=self.tp, ep=self.ep, etp=self.etp, shard=shard)
+
+
+def _divisor(whole: int, near: int) -> int:
+    """The divisor of `whole` nearest to `near`."""
+    return min((d for d in range(1, whole + 1) if whole % d == 0), key=lambda d: abs(d - near))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Every axis of both views as a number."""
+
+    pp: int
+    dp: int
+    cp: int
+    tp: int
+    ep: int
+    etp: int
+    shard: int
+
+    @property
+    def world(self) -> int:
+        return self.pp * self.dp * self.cp * self.tp
+
+    @property
+    def edp(self) -> int:
+        return self.dp * self.cp * self.tp // (self.ep * self.etp)
+
+    @property
+    def replicate(self) -> int:
+        return self.dp * self.cp // self.shard
+
+    def view(self, axes: tuple[Axis, ...]) -> tuple[int, ...]:
+        """The sizes of `axes`, which must cover the world."""
+        sizes = tuple(int(getattr(self, axis)) for axis in axes)
+        assert prod(sizes) == self.world, f"{axes} = {sizes} do not cover {self.world} ranks"
+        return sizes
+
+
+DENSE: tuple[Axis, ...] = ("pp", "dp", "cp", "tp")
+EXPERT: tuple[Axis, ...] = ("pp", "edp", "ep", "etp")
+WEIGHTS: tuple[Axis, ...] = ("pp", "replicate", "shard", "tp")
+
+
+class Mesh:
+    """The ranks of this run, and the only maker of process groups.
+
+    Ranks are numbered with tp fastest, then cp, then dp, then pp; the expert view cuts the same numbers anew, and
+    the weights' view splits dp·cp into copies (`replicate`) and the ranks that share one (`shard`).
+    """
+
+    def __init__(self, sizes: Sizes, device: torch.device, control: dist.ProcessGroup) -> None:
+        """`control` is a gloo group of all ranks, for messages between hosts: counts, wishes to stop, results."""
+        self.sizes = sizes
+        self.device = device
+        self.control = control
+        self.rank = dist.get_rank()
+
+    @cached_property
+    def dense(self) -> DeviceMesh:
+        return self._view(DENSE)
+
+    @cached_property
+    def expert(self) -> DeviceMesh:
+        return self._view(EXPERT)
+
+    @cached_property
+    def weights(self) -> DeviceMesh:
+        """What a dense weight is cut over: `shard`, or (`replicate`, `shard`) under hybrid sharding."""
+        view = self._view(WEIGHTS)
+        return view["replicate", "shard"] if self.sizes.replicate > 1 else view["shard"]
+
+    def index(self, axis: Axis) -> int:
+        """This rank's place along an axis of the dense view."""
+        return int(self.dense.get_local_rank(axis))
+
+    def _view(self, axes: tuple[Axis, ...]) -> DeviceMesh:
+        ranks = torch.arange(self.sizes.world).view(self.sizes.view(axes))
+        return DeviceMesh(self.device.type, ranks, mesh_dim_names=axes)

@@ -1,0 +1,284 @@
+"""Checkpoints: written aside, hashed by their writers, committed by a rename, and trusted only when they verify."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
+from torch.distributed.checkpoint.storage import WriteResult
+
+MANIFEST = "manifest.json"
+LATEST = "LATEST"
+FORMAT = 1
+Say = Callable[[str], None]
+State = Mapping[str, Tensor]
+
+
+def folder_of(root: Path, step: int) -> Path:
+    """Where the checkpoint of `step` lives under `root`."""
+    return root / f"step-{step:08d}"
+
+
+def steps_in(root: Path) -> list[int]:
+    """Steps of the committed checkpoints under `root`, newest first, verified or not."""
+    names = (path.name for path in root.glob("step-*") if path.is_dir())
+    return sorted((int(name[5:]) for name in names if name[5:].isdigit()), reverse=True)
+
+
+def latest(root: Path) -> int | None:
+    """The step of the last commit, or None: cheap, and read by those who only watch progress."""
+    try:
+        return int((root / LATEST).read_text().strip().removeprefix("step-"))
+    except (OSError, ValueError):
+        return None
+
+
+@dataclass(frozen=True)
+class Hashed:
+    """A file as its writer left it."""
+
+    name: str
+    size: int
+    sha256: str
+
+    @staticmethod
+    def of(path: Path) -> "Hashed":
+        with path.open("rb") as stream:
+            return Hashed(path.name, path.stat().st_size, hashlib.file_digest(stream, "sha256").hexdigest())
+
+
+class _Writer(HuggingFaceStorageWriter):    # type: ignore[misc]
+    """Writes safetensors, hashes what it wrote, and (on rank 0, once all ranks are done) commits."""
+
+    def __init__(self, root: Path, step: int, manifest: dict[str, Any], keep: int) -> None:
+        self.root, self.step, self.manifest, self.keep = root, step, manifest, keep
+        self.aside = Path(f"{folder_of(root, step)}.tmp")
+        super().__init__(path=str(self.aside), save_distributed=True)
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        results = super().write_data(plan, planner).wait()
+        names = {result.storage_data.relative_path for result in results}
+        hashed = [Hashed.of(self.aside / name) for name in sorted(names)]
+        for name in names:
+            _sync(self.aside / name)
+        done: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
+        done.set_result([dataclasses.replace(r, storage_data=hashed) for r in results[:1]] + results[1:])
+        return done    # type: ignore[return-value]
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        files = [file for of_rank in results if of_rank for file in of_rank[0].storage_data]
+        tensors = {
+            name: {"shape": list(entry.size), "dtype": str(entry.properties.dtype)}
+            for name, entry in metadata.state_dict_metadata.items()
+            if hasattr(entry, "size")
+        }
+        manifest = {**self.manifest, "files": [dataclasses.asdict(f) for f in files], "tensors": tensors}
+        (self.aside / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        _sync(self.aside / MANIFEST)
+        _sync(self.aside)
+        final = folder_of(self.root, self.step)
+        if final.exists():    # of an earlier attempt, which did not verify: it was passed over at the start
+            shutil.rmtree(final)
+        self.aside.rename(final)
+        replace(self.root / LATEST, f"{final.name}\n")
+        for old in steps_in(self.root)[self.keep :]:
+            shutil.rmtree(folder_of(self.root, old), ignore_errors=True)
+
+
+def replace(path: Path, text: str) -> None:
+    """Writes a small file in one move: readers see the old text or the new, never a part."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as aside:
+        aside.write(text)
+        aside.flush()
+        os.fsync(aside.fileno())
+    Path(aside.name).chmod(0o644)
+    Path(aside.name).replace(path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class Saver:
+    """Saves a run's state in another process while training goes on.
+
+    A save that fails is said and asks to be made again (`failed`); it never ends the training.
+    """
+
+    def __init__(self, root: Path, keep: int, control: dist.ProcessGroup, say: Say) -> None:
+        self.root, self.keep, self.control, self.say = root, keep, control, say
+        self._stager: DefaultStager | None = None
+        self._pending: tuple[int, AsyncSaveResponse] | None = None
+        self.failed = False
+        """This rank saw its last save fail; the ranks agree on it with the next step's counts."""
+        if dist.get_rank() == 0:
+            root.mkdir(parents=True, exist_ok=True)
+
+    def start(self, step: int, state: State, manifest: dict[str, Any]) -> None:
+        """Begins a save. The state may change again once `staged` has returned."""
+        self.finish()
+        if self._stager is None:
+            cuda = torch.cuda.is_available()
+            options = StagingOptions(use_pinned_memory=cuda, use_non_blocking_copy=cuda)
+            self._stager = DefaultStager(options)
+        self._clear(step)
+        response = dcp.async_save(
+            dict(state),
+            storage_writer=_Writer(self.root, step, manifest, self.keep),
+            process_group=self.control,
+            async_checkpointer_type=AsyncCheckpointerType.PROCESS,
+            async_stager=self._stager,
+        )
+        assert isinstance(response, AsyncSaveResponse)
+        self._pending = (step, response)
+
+    def staged(self) -> None:
+        """Waits until the pending save has copied the state aside: before the weights change."""
+        if self._pending is not None:
+            self._pending[1].staging_completion.result()
+
+    def poll(self) -> None:
+        """Notices a pending save that has ended, without waiting."""
+        if self._pending is not None and self._pending[1].upload_completion.done():
+            self.finish()
+
+    def finish(self) -> None:
+        """Waits for the pending save; a failure is said, and remembered in `failed`."""
+        if self._pending is None:
+            return
+        (step, response), self._pending = self._pending, None
+        try:
+            response.upload_completion.result()
+            self.failed = False
+            self.say(f"saved checkpoint {folder_of(self.root, step)}")
+        except BaseException as error:    # DCP's own exception is no Exception
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            self._warn(step, error)
+
+    def save(self, step: int, state: State, manifest: dict[str, Any], tries: int = 3) -> bool:
+        """Saves at once, in this process; returns whether it stands. All ranks call it and agree."""
+        self.finish()
+        for _ in range(tries):
+            self._clear(step)
+            try:
+                writer = _Writer(self.root, step, manifest, self.keep)
+                dcp.save(dict(state), storage_writer=writer, process_group=self.control)
+                self.failed = False
+                self.say(f"saved checkpoint {folder_of(self.root, step)}")
+                return True
+            except BaseException as error:
+                if isinstance(error, KeyboardInterrupt):
+                    raise
+                self._warn(step, error)
+        return False
+
+    def close(self) -> None:
+        self.finish()
+        if self._stager is not None:
+            self._stager.close()
+
+    def _clear(self, step: int) -> None:
+        """Removes what an earlier, killed save of this step left aside."""
+        if dist.get_rank() == 0:
+            shutil.rmtree(f"{folder_of(self.root, step)}.tmp", ignore_errors=True)
+        dist.barrier(group=self.control)
+
+    def _warn(self, step: int, error: BaseException) -> None:
+        self.failed = True
+        reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+        self.say(f"warning: checkpoint {folder_of(self.root, step)} failed ({reason[0]}); it will be tried again")
+
+
+def manifest_of(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint; ValueError that says what is wrong with it."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except OSError as error:
+        raise ValueError(f"{folder / MANIFEST}: not readable ({error.strerror}); the save was not completed") from error
+    except ValueError as error:
+        raise ValueError(f"{folder / MANIFEST}: damaged ({error})") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else None
+        raise ValueError(f"{folder / MANIFEST}: format {found}; this version reads {FORMAT}")
+    return manifest
+
+
+def verify(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
+    """What is wrong with a checkpoint, empty when it stands. Of its files, every `parts`-th from `part` is read."""
+    try:
+        manifest = manifest_of(folder)
+        expected = [Hashed(**entry) for entry in manifest["files"]]
+    except (ValueError, KeyError, TypeError) as error:
+        return [str(error)]
+    strangers = {p.name for p in folder.iterdir()} - {e.name for e in expected} - {MANIFEST}
+    problems = [f"{folder / name}: not in the manifest" for name in sorted(strangers)]
+    with ThreadPoolExecutor(4) as pool:
+        return problems + [p for p in pool.map(lambda e: _compare(folder, e), expected[part::parts]) if p]
+
+
+def _compare(folder: Path, expected: Hashed) -> str | None:
+    path = folder / expected.name
+    try:
+        size = path.stat().st_size
+        if size != expected.size:
+            return f"{path}: {size} bytes, the manifest says {expected.size}"
+        return None if Hashed.of(path) == expected else f"{path}: its SHA-256 differs from the manifest's"
+    except OSError as error:
+        return f"{path}: not readable ({error.strerror})"
+
+
+def newest(root: Path, control: dist.ProcessGroup, say: Say) -> int | None:
+    """The newest step whose checkpoint verifies; those passed over are said. All ranks read a part and agree."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    steps: list[list[int]] = [steps_in(root)]
+    dist.broadcast_object_list(steps, src=0, group=control)
+    for step in steps[0]:
+        gathered: list[list[str]] = [[] for _ in range(world)]
+        dist.all_gather_object(gathered, verify(folder_of(root, step), rank, world), group=control)
+        problems = [problem for of_rank in gathered for problem in of_rank]
+        if not problems:
+            return step
+        say(f"warning: checkpoint {folder_of(root, step)} does not verify and is passed over: {problems[0]}")
+    return None
+
+
+def load(root: Path, step: int, state: State, control: dist.ProcessGroup) -> dict[str, Any]:
+    """Reads the checkpoint of `step` into `state` in place, whatever mesh wrote it; returns its manifest."""
+    folder = folder_of(root, step)
+    manifest = manifest_of(folder)
+    if problems := _mismatches(manifest["tensors"], state):
+        raise ValueError(f"{folder}: does not fit this model: " + "; ".join(problems[:3]))
+    dcp.load(dict(state), storage_reader=HuggingFaceStorageReader(str(folder)), process_group=control)
+    return manifest
+
+
+def _mismatches(saved: Mapping[str, Any], state: State) -> list[str]:
+    """Where the saved tensors and ours differ in name, shape or type."""
+    found = [f"{name} is missing there" for name in state if name not in saved]
+    found += [f"{name} is unknown here" for name in saved if name not in state]
+    for name, tensor in state.items():
+        if name in saved and saved[name] != (ours := {"shape": list(tensor.shape), "dtype": str(tensor.dtype)}):
+            found.append(f"{name} is {saved[name]} there and {ours} here")
+    return found

@@ -1,0 +1,68 @@
+"""Held-out loss and sampled text: what the model knows, and what it says."""
+
+import torch
+import torch.distributed as dist
+
+from farspan.kernels.random import key, uniform
+from farspan.parallel.context.shard import IGNORE, Batch
+from farspan.parallel.engine import Engine
+from farspan.platform.data.pack import Rows
+from farspan.platform.data.tokenizer import Tokenizer
+
+
+def held_out_loss(engine: Engine, rows: Rows, limit: int, micro_batch: int) -> float:
+    """Mean loss in nats over the labels of the first `limit` held-out rows; every rank reads its share."""
+    from dataclasses import replace
+
+    mesh = engine.mesh
+    dp, rank = mesh.sizes.dp, mesh.index("dp")
+    total = torch.zeros(2, dtype=torch.float64)
+    mine = range(min(limit, len(rows)))[rank::dp]
+    rounds = -(-min(limit, len(rows)) // (dp * micro_batch))    # the same on every rank: forwards are collective
+    for i in range(rounds):
+        numbers = mine[i * micro_batch : (i + 1) * micro_batch]
+        batch = rows.batch(numbers or [0])
+        if not numbers:
+            batch = replace(batch, labels=torch.full_like(batch.labels, IGNORE), valid=0)
+        total += torch.tensor([engine.evaluate(batch).item(), batch.valid], dtype=torch.float64)
+    dist.all_reduce(total, group=mesh.control)
+    summed, labels = (total / (mesh.sizes.world // dp)).tolist()
+    return summed / max(1.0, labels)
+
+
+def sample(
+    engine: Engine, tokenizer: Tokenizer, prompt: str, *, tokens: int, temperature: float, context: int, seed: int
+) -> str:
+    """Continues `prompt` by at most `tokens` tokens; every rank computes the same text.
+
+    The whole context is read again for each token: right for a glance at a model in training, not for serving.
+    """
+    ids = [int(token) for token in tokenizer.encode(prompt)]
+    begun = len(ids)
+    draw = key(seed, "sample")
+    while len(ids) < begun + tokens:
+        logits = engine.evaluate(*_prefix(ids[-context:]))[0, : tokenizer.vocabulary].double().cpu()
+        if temperature == 0:
+            ids.append(int(logits.argmax()))
+        else:
+            noise = uniform(len(ids) << 20 | torch.arange(len(logits)), draw).double()
+            ids.append(int((logits / temperature - (-noise.log()).log()).argmax()))    # Gumbel's trick
+        if ids[-1] == tokenizer.end:
+            break
+    return tokenizer.decode(ids[begun:])
+
+
+def _prefix(ids: list[int]) -> tuple[Batch, torch.Tensor]:
+    """One row that ends with padding to a multiple of 64, so that few shapes occur, and the place of its last token."""
+    length = -(-len(ids) // 64) * 64
+    tokens = torch.zeros(1, length, dtype=torch.int64)
+    tokens[0, : len(ids)] = torch.tensor(ids)
+    batch = Batch(
+        tokens=tokens,
+        labels=torch.full_like(tokens, IGNORE),
+        positions=torch.arange(length).unsqueeze(0),
+        cu_seqlens=None,
+        lengths=(length,),
+        valid=0,
+    )
+    return batch, torch.tensor([len(ids) - 1])

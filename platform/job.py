@@ -1,0 +1,119 @@
+"""A job: what is trained, on what, and how. The left half of every configuration file."""
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+from farspan.models.zoo import Model
+from farspan.parallel.mesh import Parallel
+from farspan.parallel.recompute import Recompute
+from farspan.platform.data import Data
+from farspan.platform.metrics import Metrics
+from farspan.platform.optim import Optim
+from farspan.platform.schedule import Schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Held-out loss while training."""
+
+    every: int
+    """Steps between evaluations; the last step is always evaluated."""
+    rows: int = 64
+    """Held-out rows read each time, at most."""
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.rows < 1:
+            raise ValueError(f"every={self.every}, rows={self.rows}: must be at least 1; evaluate: null for none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """A continuation written when training ends."""
+
+    prompt: str
+    tokens: int = 200
+    temperature: float = 0.8
+    """0 takes the likeliest token each time."""
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1 or self.temperature < 0:
+            raise ValueError(f"tokens={self.tokens}, temperature={self.temperature}: at least 1, and not negative")
+        if not self.prompt:
+            raise ValueError("prompt='': needs at least one character to continue")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """The loop."""
+
+    steps: int
+    batch: int
+    """Rows per optimizer step over all ranks: a multiple of dp."""
+    micro_batch: int | None = None
+    """At most so many rows at once per dp rank; null: all of a rank's rows."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Type of products; weights, gradients and optimizer state stay fp32. auto: bf16 on a GPU, fp32 on a CPU."""
+    recompute: Recompute = "none"
+    compile: bool = False
+    """torch.compile for each layer."""
+    deterministic: bool = False
+    """Only kernels that give the same bits every time (on a CPU they always do)."""
+    on_not_finite: Literal["stop", "skip"] = "stop"
+    """What a loss or gradient that is not finite leads to; the weights never see it."""
+    evaluate: Evaluate | None = None
+    sample: Sample | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "micro_batch"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """Saves while training; the last step is always saved."""
+
+    every: int | None = None
+    """Steps between saves; null: only at the end and when stopped."""
+    keep: int = 2
+    """How many of the newest are kept."""
+
+    def __post_init__(self) -> None:
+        if self.every is not None and self.every < 1:
+            raise ValueError(f"every={self.every}: must be at least 1; null for none")
+        if self.keep < 1:
+            raise ValueError(f"keep={self.keep}: must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    name: str
+    """Names the run folder runs/<name>."""
+    seed: int = 0
+    model: Model
+    data: Data
+    train: Train
+    optim: Optim
+    schedule: Schedule
+    parallel: Parallel = Parallel()
+    checkpoint: Checkpoint = Checkpoint()
+    metrics: Metrics = Metrics()
+
+    def __post_init__(self) -> None:
+        if not self.name or self.name.startswith(".") or any(c in self.name for c in (os.sep, "\0", " ", "\n")):
+            raise ValueError(f"name={self.name!r}: must be usable as a folder's name, without / or spaces")
+
+    def problems(self, world: int) -> list[str]:
+        """What keeps the sections from fitting each other on `world` ranks."""
+        found = self.parallel.problems(world)
+        if not found and self.train.batch % (dp := self.parallel.sizes(world).dp):
+            near = max(dp, round(self.train.batch / dp) * dp)
+            found.append(f"train.batch={self.train.batch}: must be a multiple of dp={dp}; try {near}")
+        warmup = self.schedule.warmup
+        if warmup >= self.train.steps > 1:
+            found.append(f"schedule.warmup={warmup}: must be less than train.steps={self.train.steps}")
+        if self.train.evaluate and self.data.held_out == 0:
+            found.append("data.held_out=0: train.evaluate needs held-out documents; try 0.01, or evaluate: null")
+        return found

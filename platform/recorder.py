@@ -1,0 +1,103 @@
+"""Numbers of the steps, kept on the device and read together every few steps."""
+
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from farspan.platform.metrics import Line
+
+PEAK = {"H100": 989.5e12, "H200": 989.5e12, "H800": 989.5e12, "A100": 312e12, "B200": 2250e12}
+"""Dense bf16 operations a second, by the name of the card (makers' data sheets)."""
+
+
+def peak(device: torch.device, compute: torch.dtype | None) -> float | None:
+    """The card's rate for bf16 products, or None where it is not known or other products are used."""
+    if device.type != "cuda" or compute is not torch.bfloat16:
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((rate for card, rate in PEAK.items() if card in name), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Step:
+    step: int
+    rate: float
+    tokens: int
+    total: int
+    flops: float
+    values: Tensor
+    """loss, gradient norm, this rank's part of the loss; fp64 on the device."""
+    end: "float | torch.cuda.Event"
+
+
+class Recorder:
+    """Collects steps; `flush` gives a line for each and costs one synchronisation with the device."""
+
+    def __init__(self, device: torch.device, peak_flops: float | None) -> None:
+        """`peak_flops`: of all ranks together, or None."""
+        self.device, self.peak_flops = device, peak_flops
+        self.steps: list[_Step] = []
+        self.parts: list[tuple[int, float]] = []
+        """(step, this rank's part of the loss) of the steps flushed last."""
+        self.mark: float | torch.cuda.Event = self._now()
+
+    def note(
+        self, step: int, *, loss: Tensor, norm: Tensor, part: Tensor, rate: float, tokens: int, total: int, flops: float
+    ) -> None:
+        """Remembers one step; nothing waits for the device."""
+        values = torch.stack([loss.double(), norm.double(), part.double()])
+        entry = _Step(
+            step=step, rate=rate, tokens=tokens, total=total, flops=flops, values=values, end=self._now()
+        )
+        self.steps.append(entry)
+
+    def pause(self) -> Callable[[], None]:
+        """Stops the clock of the next step; the returned function starts it again."""
+        begun = time.perf_counter()
+
+        def resume() -> None:
+            self.mark = self.mark + time.perf_counter() - begun if isinstance(self.mark, float) else self._now()
+
+        return resume
+
+    def flush(self) -> list[Line]:
+        """A line of metrics for each step since the last flush."""
+        if not self.steps:
+            return []
+        numbers = torch.stack([entry.values for entry in self.steps]).tolist()
+        lines: list[Line] = []
+        self.parts = []
+        for entry, (loss, norm, part) in zip(self.steps, numbers, strict=True):
+            seconds = self._between(self.mark, entry.end)
+            self.mark = entry.end
+            self.parts.append((entry.step, part))
+            used = None if self.peak_flops is None else 3 * entry.flops / seconds / self.peak_flops
+            line = {"step": entry.step, "loss": loss, "grad_norm": norm, "rate": entry.rate, "tokens": entry.total}
+            speed = {"tokens_per_second": entry.tokens / seconds, "step_seconds": seconds, "mfu": used}
+            lines.append({**line, **speed, "memory_gb": self._memory()})
+        self.steps = []
+        return lines
+
+    def _now(self) -> "float | torch.cuda.Event":
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _between(self, start: "float | torch.cuda.Event", end: "float | torch.cuda.Event") -> float:
+        if isinstance(start, float) or isinstance(end, float):
+            assert isinstance(start, float) and isinstance(end, float)
+            return max(end - start, 1e-9)
+        end.synchronize()
+        return max(start.elapsed_time(end) / 1e3, 1e-9)
+
+    def _memory(self) -> float:
+        """The most that this rank has held, in GB: of the GPU, or of the process on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 1e9
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -1,0 +1,307 @@
+"""The training loop: the step reads on one screen, and everything around it serves the step."""
+
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from farspan.models.decoder import initial
+from farspan.parallel.engine import Engine
+from farspan.parallel.mesh import Mesh
+from farspan.platform import checkpoint, evaluate
+from farspan.platform.checkpoint import Saver
+from farspan.platform.data.loader import Loader
+from farspan.platform.feed import Feed, Work
+from farspan.platform.job import Job
+from farspan.platform.metrics import Journal, Line, Sinks, next_attempt, plain
+from farspan.platform.recorder import Recorder, peak
+from farspan.platform.state import RunState
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a run ended, and why."""
+
+    kind: Literal["done", "preempted", "not_finite", "unsaved"]
+    step: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """What the trainer hears from, and tells, the process it lives in."""
+
+    folder: Path
+    """The run folder."""
+    say: Say
+    """Prints a line, on rank 0 only."""
+    stopping: Callable[[], bool]
+    """Whether this process was asked to stop."""
+    beat: Callable[[int], None]
+    """A sign of life after each step."""
+    config: Mapping[str, Any]
+    """The run's configuration as a plain tree, free of secrets."""
+
+
+def compute_type(job: Job, device: torch.device) -> torch.dtype | None:
+    """The type of products; None for the weights' own fp32."""
+    wanted = job.train.precision
+    return torch.bfloat16 if wanted == "bf16" or (wanted == "auto" and device.type == "cuda") else None
+
+
+class Trainer:
+    def __init__(self, job: Job, mesh: Mesh, around: Surroundings) -> None:
+        self.job, self.mesh, self.around, self.say = job, mesh, around, around.say
+        self.corpus = job.data.build(job.seed)
+        for note in self.corpus.notes:
+            self.say(note)
+        self.engine, flops = self._engine()
+        self.optimizer = job.optim.build(self.engine.weights)
+        self.saver = Saver(around.folder / "checkpoints", job.checkpoint.keep, mesh.control, self.say)
+        compute = compute_type(job, mesh.device)
+        rate = peak(mesh.device, compute)
+        self.recorder = Recorder(mesh.device, None if rate is None else rate * mesh.sizes.world)
+        self.state = self._restore()
+        self.sound = torch.ones((), dtype=torch.bool, device=mesh.device)
+        """Falls for good at the first step that is not finite, under the policy `stop`."""
+        self.save_due = False
+        self.dp_rank = mesh.index("dp")
+        self.micro_batch = min(job.train.micro_batch or job.train.batch, job.train.batch // mesh.sizes.dp)
+        self.loader = Loader(
+            self.corpus.train,
+            start=self.state.rows,
+            batch=job.train.batch,
+            micro_batch=self.micro_batch,
+            dp_rank=self.dp_rank,
+            dp=mesh.sizes.dp,
+            pin=mesh.device.type == "cuda",
+        )
+        self.feed = Feed(self.loader, mesh.control, flops, lambda: (around.stopping(), self.saver.failed))
+        self.journal, self.sinks = self._journal()
+
+    def run(self) -> Outcome:
+        """Trains to the last step, or until asked to stop; always leaves the state on disk if it can."""
+        try:
+            return self._loop()
+        finally:
+            self.loader.close()
+            self.saver.close()
+            if self.journal is not None:
+                self.journal.close()
+            self.sinks.close()
+
+    def _loop(self) -> Outcome:
+        work = iter(self.feed)
+        while self.state.step < self.job.train.steps:
+            todo = next(work)
+            if todo.stop:
+                return self._broken() or self._save_now("preempted", "asked to stop; the state is saved")
+            self.save_due |= todo.save_failed
+            self.step(todo)
+            if outcome := self._after():
+                return outcome
+        return self._end()
+
+    def step(self, work: Work) -> None:
+        """One optimizer step. Nothing in it waits for the device."""
+        part = self.engine.forward_backward(work.batches, work.labels)
+        loss = self.engine.sum(part)
+        norm = self.engine.gradient_norm()
+        rate = self.job.optim.rate * self.job.schedule.factor(self.state.step)
+        self.saver.staged()    # a save in flight reads the weights until here
+        self.optimizer.update(rate, self._scale(loss, norm))
+        self.engine.clear()
+        self.state = self.state.advance(rows=self.job.train.batch, tokens=work.tokens)
+        self.recorder.note(
+            self.state.step,
+            loss=loss,
+            norm=norm,
+            part=part,
+            rate=rate,
+            tokens=work.tokens,
+            total=self.state.tokens,
+            flops=work.flops,
+        )
+
+    def _scale(self, loss: Tensor, norm: Tensor) -> Tensor:
+        """What the gradient is multiplied by: 1 or less to clip, 0 to leave the weights alone; decided on the device."""
+        finite = torch.isfinite(loss) & torch.isfinite(norm)
+        if self.job.train.on_not_finite == "stop":
+            self.sound &= finite
+            finite = self.sound
+        limit = self.job.optim.max_norm
+        clipped = torch.ones_like(norm) if limit is None else (limit / (norm + 1e-6)).clamp(max=1.0)
+        return torch.where(finite, clipped, 0.0)
+
+    def _after(self) -> Outcome | None:
+        """What follows a step: metrics, evaluation, a save, each when its turn has come."""
+        job, step = self.job, self.state.step
+        last = step == job.train.steps
+        self.saver.poll()
+        self.around.beat(step)
+        self.save_due |= job.checkpoint.every is not None and step % job.checkpoint.every == 0
+        evaluating = job.train.evaluate is not None and (last or step % job.train.evaluate.every == 0)
+        if (last or evaluating or self.save_due or step % job.metrics.every == 0) and (broken := self._broken()):
+            return broken
+        if evaluating:
+            self._evaluate()
+        if self.save_due and self.finite_last and not last:
+            resume = self.recorder.pause()
+            self.saver.start(step, self._tensors(), self._manifest())
+            self.save_due = False
+            resume()
+        return None
+
+    def _end(self) -> Outcome:
+        if self.job.train.sample is not None:
+            wanted = self.job.train.sample
+            text = evaluate.sample(
+                self.engine,
+                self.corpus.tokenizer,
+                wanted.prompt,
+                tokens=wanted.tokens,
+                temperature=wanted.temperature,
+                context=self.job.data.sequence_length,
+                seed=self.job.seed,
+            )
+            self.say(f"sample: {wanted.prompt}{text}")
+        return self._save_now("done", f"trained {self.state.step} steps")
+
+    def _save_now(self, kind: Literal["done", "preempted"], reason: str) -> Outcome:
+        """Saves the present step if it is not on disk yet, and ends the run."""
+        self.saver.finish()
+        step = self.state.step
+        if checkpoint.latest(self.saver.root) == step or self.saver.save(step, self._tensors(), self._manifest()):
+            return Outcome(kind=kind, step=step, reason=reason)
+        kept = checkpoint.latest(self.saver.root)
+        return Outcome(
+            kind="unsaved",
+            step=step,
+            reason=f"step {step} could not be saved in {self.saver.root} (the last that stands is {kept}); "
+            "make room or mend the disk, then launch train --resume",
+        )
+
+    def _broken(self) -> Outcome | None:
+        """Writes the metrics so far; an outcome if a step was not finite and the policy is to stop."""
+        lines = self.recorder.flush()
+        bad = [line for line in lines if not (math.isfinite(line["loss"] or 0) and math.isfinite(line["grad_norm"] or 0))]
+        self.finite_last = not bad or lines[-1] is not bad[-1]
+        stop = bad and self.job.train.on_not_finite == "stop"
+        end = lines.index(bad[0]) + 1 if stop else len(lines)
+        self._write(lines[:end])
+        if lines and self.journal is not None:
+            self.say(plain(lines[end - 1]))
+        for line in bad[: 1 if stop else None]:
+            step = int(line["step"] or 0)
+            reason = f"step {step}: {self._culprit(step)}; the weights were not updated"
+            if stop:
+                hint = "lower optim.rate, look at the data of that step, or set train.on_not_finite=skip"
+                return Outcome(kind="not_finite", step=step, reason=f"{reason}; {hint}")
+            self.say(f"warning: {reason}")
+        return None
+
+    def _culprit(self, step: int) -> str:
+        """Which ranks' losses were not finite at `step`; all ranks ask together."""
+        mine = not math.isfinite(dict(self.recorder.parts)[step])
+        all_ranks = [False] * dist.get_world_size()
+        dist.all_gather_object(all_ranks, mine, group=self.mesh.control)
+        ranks = [str(rank) for rank, bad in enumerate(all_ranks) if bad]
+        if not ranks:
+            return "the gradient norm is not finite, though every rank's loss is"
+        return f"the loss is not finite on rank {', '.join(ranks)}"
+
+    def _evaluate(self) -> None:
+        assert self.job.train.evaluate is not None
+        resume = self.recorder.pause()
+        loss = evaluate.held_out_loss(
+            self.engine, self.corpus.held_out, self.job.train.evaluate.rows, self.micro_batch
+        )
+        line: Line = {"step": self.state.step, "eval_loss": loss}
+        self._write([line])
+        self.say(plain(line))
+        resume()
+
+    def _write(self, lines: list[Line]) -> None:
+        for line in lines if self.journal is not None else []:
+            self.journal.write(line)    # type: ignore[union-attr]
+            self.sinks.write(line)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        weights = {f"model.{name}": weight.detach() for name, weight in self.engine.weights.items()}
+        return weights | {f"optim.{name}": tensor for name, tensor in self.optimizer.state().items()}
+
+    def _manifest(self) -> dict[str, Any]:
+        """Everything of a checkpoint that is no tensor. The metrics up to here are on disk before it can commit."""
+        if self.journal is not None:
+            self.journal.sync()
+        sizes = self.mesh.sizes
+        return {
+            "format": checkpoint.FORMAT,
+            "state": vars(self.state),
+            "data": {"fingerprint": self.corpus.fingerprint},
+            "mesh": {**vars(sizes), "world": sizes.world},
+            "config": dict(self.around.config),
+            "versions": {"torch": torch.__version__},
+            "time": time.time(),
+        }
+
+    def _restore(self) -> RunState:
+        """The newest checkpoint that verifies, or the beginning."""
+        root, self.finite_last = self.saver.root, True
+        step = checkpoint.newest(root, self.mesh.control, self.say)
+        if step is None:
+            return RunState()
+        manifest = checkpoint.manifest_of(checkpoint.folder_of(root, step))
+        if (saved := manifest["data"]["fingerprint"]) != self.corpus.fingerprint:
+            raise ValueError(
+                f"data: the corpus has changed since {checkpoint.folder_of(root, step)} (fingerprint {saved[:12]} then, "
+                f"{self.corpus.fingerprint[:12]} now); restore the files, or start a run under a new name"
+            )
+        checkpoint.load(root, step, self._tensors(), self.mesh.control)
+        self.say(f"resumed from {checkpoint.folder_of(root, step)}")
+        return RunState.of(manifest)
+
+    def _journal(self) -> tuple[Journal | None, Sinks]:
+        """Rank 0 writes; the others do not."""
+        if self.mesh.rank != 0:
+            return None, Sinks([], self.say)
+        folder = self.around.folder
+        journal = Journal(folder, next_attempt(folder))
+        if journal.note:
+            self.say(journal.note)
+        return journal, Sinks(self.job.metrics.sinks(folder, self.around.config), self.say)
+
+    def _engine(self) -> tuple[Engine, Callable[[tuple[int, ...]], float]]:
+        job = self.job
+        context = job.parallel.context.build()
+        with torch.device("meta"):
+            model = job.model.build(self.corpus.tokenizer.vocabulary, context)
+        engine = Engine(
+            model,
+            list(model.layers),
+            initial(model),
+            self.mesh,
+            seed=job.seed,
+            compute=compute_type(job, self.mesh.device),
+            recomputing=job.train.recompute,
+            compiled=job.train.compile,
+        )
+        return engine, model.flops
+
+
+def prepare(job: Job, device: torch.device) -> None:
+    """Settings of the whole process that a job asks for; before the first tensor on `device`."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    if job.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
