@@ -19,15 +19,15 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, ignore:
     there: three products in all, as without chunks, and the backward only scales them by the upstream gradient.
     The weight's gradient is accumulated in at least fp32.
     """
-    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, ignore)
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, ignore, torch.is_grad_enabled())
     return loss
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, ignore: int) -> Tensor:    # type: ignore[no-untyped-def] # noqa: ANN001
+    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, ignore: int, grad: bool) -> Tensor:    # type: ignore[no-untyped-def] # noqa: ANN001, E501
         dtype = torch.promote_types(hidden.dtype, torch.float32)
-        train = any(ctx.needs_input_grad[:2])
+        train = grad and any(ctx.needs_input_grad[:2])    # inside a Function gradients always look disabled
         loss = torch.zeros((), dtype=dtype, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if train else None
         d_weight = torch.zeros_like(weight, dtype=dtype) if train else None
@@ -51,9 +51,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx, upstream: Tensor) -> tuple[Tensor, Tensor, None, None]:    # type: ignore[no-untyped-def,override] # noqa: ANN001
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor, Tensor, None, None, None]:    # type: ignore[no-untyped-def,override] # noqa: ANN001
         d_hidden, d_weight = ctx.saved_tensors
-        return (d_hidden * upstream).to(d_hidden.dtype), (d_weight * upstream).to(ctx.dtype), None, None
+        return (d_hidden * upstream).to(d_hidden.dtype), (d_weight * upstream).to(ctx.dtype), None, None, None
 
 
 def _chunk(weight: Tensor) -> int:

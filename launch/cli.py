@@ -1,6 +1,7 @@
 """`launch`: trains, verifies, reports. What a person types."""
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,9 @@ from farspan.launch.exit import Exit
 
 if TYPE_CHECKING:
     from farspan.launch.run import Run    # torch takes a second to import: help and report do without
+
+if __name__ == "__mp_main__":
+    logging.disable(logging.WARNING)    # see launch/worker.py: under torchrun this file is what a rank runs
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

@@ -9,10 +9,14 @@ import hashlib
 import os
 import platform
 import shutil
+import signal
+import socket
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -31,6 +35,7 @@ _QUIET = {
 }
 _ANSWER = 60.0  # seconds an actor gets for a plain question
 _PLACE = 600.0  # seconds a joined cluster gets to find the nodes
+_REAPED = 3.0  # seconds that Ray's own reaper gets, of which it takes one
 _SOCKET_PATH = 107 - 75  # bytes of a Unix socket's path, less what Ray appends to its folder
 
 
@@ -58,6 +63,10 @@ class Ray:
             raise ValueError(f"nodes={self.nodes}: give at least one")
         if self.nodes > 1 and self.address is None:
             raise ValueError(f"nodes={self.nodes}: a private Ray has one node; give the address of a cluster")
+        if self.address is not None and "://" in self.address:
+            raise ValueError(
+                f"address={self.address}: give the cluster's own host:port, or auto on one of its machines"
+            )
         if self.object_store_mb < 80:
             raise ValueError(f"object_store_mb={self.object_store_mb}: Ray needs at least 80")
 
@@ -69,9 +78,12 @@ def placed(config: Ray, *, ranks: int, cuda: bool, say: Callable[[str], None]) -
     Raises ValueError when driver and nodes run different code, TimeoutError when the cluster has no room, and
     ConnectionError when there is no cluster at the address.
     """
+    # Of the moment at which the source is shipped: who edits a checkout during a run must not end it at a restart.
+    # A private Ray runs on the same files as we do, so that there is nothing to compare.
+    here = None if config.address is None else versions()
     with ExitStack() as stack:
         stack.enter_context(_private(config, ranks, cuda) if config.address is None else _joined(config.address))
-        cluster = _Cluster(config, gpus=ranks if cuda else 0)
+        cluster = _Cluster(config, gpus=ranks if cuda else 0, versions=here)
         stack.callback(cluster.close)
         cluster.place(say)
         yield Placement(cluster.nodes(), cluster.restore)
@@ -80,7 +92,7 @@ def placed(config: Ray, *, ranks: int, cuda: bool, say: Callable[[str], None]) -
 @contextmanager
 def _private(config: Ray, ranks: int, cuda: bool) -> Iterator[None]:
     folder = _short_folder()
-    with _environment({**_QUIET, "RAY_AUTH_MODE": "disabled"}):
+    with _swept(folder), _environment({**_QUIET, "RAY_AUTH_MODE": "disabled"}):
         import ray
 
         try:
@@ -98,11 +110,13 @@ def _private(config: Ray, ranks: int, cuda: bool) -> Iterator[None]:
             yield
         finally:
             ray.shutdown()
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
 def _joined(address: str) -> Iterator[None]:
+    host, _, port = address.rpartition(":")
+    if host:  # Ray would try for minutes
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
     with _environment(_QUIET):
         import ray
 
@@ -122,10 +136,11 @@ def _joined(address: str) -> Iterator[None]:
 class _Cluster:
     """The placement group and its actors, one a bundle."""
 
-    def __init__(self, config: Ray, *, gpus: int) -> None:
+    def __init__(self, config: Ray, *, gpus: int, versions: Mapping[str, str] | None) -> None:
         from ray.util.placement_group import placement_group
 
         self._config = config
+        self._versions = versions
         self._bundle = {"CPU": 1, **({"GPU": gpus} if gpus else {})}
         strategy = "STRICT_SPREAD" if config.nodes > 1 else "PACK"
         self._group = placement_group([self._bundle] * config.nodes, strategy=strategy)
@@ -144,13 +159,12 @@ class _Cluster:
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"no room for {want} within {_PLACE:g} s; the cluster has {_resources()}")
         self._actors = [self._actor(index) for index in range(self._config.nodes)]
-        here = versions()
         try:
             described = ray.get([actor.describe.remote() for actor in self._actors], timeout=2 * _ANSWER)
         except RayError as error:
             raise ConnectionError(f"Ray could not start an actor on each node: {error}") from error
         for there, address in described:
-            compare(here, there, address)
+            compare(self._versions or there, there, address)
 
     def nodes(self) -> list[Node]:
         return [self._node(actor) for actor in self._actors]
@@ -170,7 +184,7 @@ class _Cluster:
             there, address = ray.get(self._returning.pop(index))
         except RayActorError:
             return None  # lost again on its way up: the next call makes another
-        compare(versions(), there, address)
+        compare(self._versions or there, there, address)
         return self._node(self._actors[index])
 
     def close(self) -> None:
@@ -307,17 +321,46 @@ def source() -> Path:
 
 @contextmanager
 def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Ray reads its settings from the environment, and its processes inherit them."""
-    before = {name: os.environ.get(name) for name in values}
+    """Ray reads its settings from the environment, its processes inherit them, and it adds some: all is put back."""
+    before = dict(os.environ)
     os.environ.update(values)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
+
+
+@contextmanager
+def _swept(folder: str) -> Iterator[None]:
+    """Remove a private Ray's folder at the end, by a process of its own if this one is killed.
+
+    Ray's reaper then ends most of Ray, but two of its helpers would wait a minute for servers that are gone.
+    """
+    sweeper = subprocess.Popen(
+        [sys.executable, "-m", "farspan.launch.on_ray", folder],
+        env={**os.environ, "PYTHONSAFEPATH": "1"},
+        stdin=subprocess.PIPE,
+        start_new_session=True,
+    )
+    try:
+        yield
+    finally:
+        sweeper.kill()
+        sweeper.communicate()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def sweep(folder: str) -> None:
+    """Once standard input ends: kill what still has a file open in a private Ray's folder, then remove the folder."""
+    sys.stdin.read()
+    time.sleep(_REAPED)
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if any(file.readlink().is_relative_to(folder) for file in (entry / "fd").iterdir()):
+                os.kill(int(entry.name), signal.SIGKILL)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _short_folder() -> str:
@@ -338,3 +381,7 @@ def _resources() -> str:
 
     total = ray.cluster_resources()
     return f"{len(ray.nodes())} nodes, {total.get('CPU', 0):g} CPU, {total.get('GPU', 0):g} GPU"
+
+
+if __name__ == "__main__":
+    sweep(sys.argv[1])

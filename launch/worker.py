@@ -16,7 +16,7 @@ from farspan.launch import pulse
 from farspan.launch.exit import Exit
 
 if __name__ == "__mp_main__":
-    logging.disable(logging.INFO)    # the process that writes checkpoints imports this file again, and is talkative
+    logging.disable(logging.WARNING)    # the process that writes checkpoints imports this file again, and is talkative
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

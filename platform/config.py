@@ -75,8 +75,9 @@ def _override(config: Any, text: str, problems: list[str]) -> str | None:
             return None
         node = node[int(part)] if isinstance(node, list) else node.get(part) if isinstance(node, dict) else None
     try:
-        parsed = OmegaConf.create(f"value: {value}")["value"]    # type: ignore[index]
-        OmegaConf.update(config, path, parsed, merge=False, force_add=True)
+        parsed = OmegaConf.to_container(OmegaConf.create(f"value: {value}"), resolve=False)
+        assert isinstance(parsed, dict)
+        OmegaConf.update(config, path, parsed["value"], merge=False, force_add=True)
     except Exception as error:    # a value that is no YAML, or a path through a plain value
         problems.append(f"override {text!r}: {str(error).splitlines()[0]}; write a.b=c with c as YAML")
         return None

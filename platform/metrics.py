@@ -50,14 +50,6 @@ class Metrics:
         if self.every < 1:
             raise ValueError(f"every={self.every}: steps between reads; set it to 1 or more")
 
-    def sinks(self, folder: Path, config: Mapping[str, object]) -> "list[Sink]":
-        """The sinks that are wanted, for the run in `folder`; `config` is plain and free of secrets."""
-        if self.wandb is None:
-            return []
-        from farspan.platform.wandb_sink import WandbSink    # takes a second to import: only who wants it waits
-
-        return [WandbSink(folder, self.wandb, config)]
-
 
 @final
 class Journal:

@@ -20,7 +20,7 @@ from farspan.platform.checkpoint import Saver
 from farspan.platform.data.loader import Loader
 from farspan.platform.feed import Feed, Work
 from farspan.platform.job import Job
-from farspan.platform.metrics import Journal, Line, Sinks, next_attempt, plain
+from farspan.platform.metrics import Journal, Line, Metrics, Sink, Sinks, next_attempt, plain
 from farspan.platform.recorder import Recorder, peak
 from farspan.platform.state import RunState
 
@@ -278,7 +278,7 @@ class Trainer:
         journal = Journal(folder, next_attempt(folder))
         if journal.note:
             self.say(journal.note)
-        return journal, Sinks(self.job.metrics.sinks(folder, self.around.config), self.say)
+        return journal, Sinks(_sinks(self.job.metrics, folder, self.around.config), self.say)
 
     def _engine(self) -> tuple[Engine, Callable[[tuple[int, ...]], float]]:
         job = self.job
@@ -296,6 +296,14 @@ class Trainer:
             compiled=job.train.compile,
         )
         return engine, model.flops
+
+
+def _sinks(metrics: Metrics, folder: Path, config: Mapping[str, Any]) -> list[Sink]:
+    if metrics.wandb is None:
+        return []
+    from farspan.platform.wandb_sink import WandbSink    # takes a second to import: only who wants it waits
+
+    return [WandbSink(folder, metrics.wandb, config)]
 
 
 def prepare(job: Job, device: torch.device) -> None:

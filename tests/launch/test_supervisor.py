@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from farspan.launch.agent import Spec
 from farspan.launch.exit import Exit, NodeExit
 from farspan.launch.on_local import Local, LocalNode, Node, NodeLost, Placement

@@ -1,0 +1,76 @@
+"""Runs a function of a test file as several ranks, each in its own process, joined by gloo."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Ranks = Callable[..., list[Any]]
+
+_CHILD = """
+import importlib.util, json, os, sys
+import torch, torch.distributed as dist
+torch.set_num_threads(1)
+file, name, arguments, out = sys.argv[1:]
+spec = importlib.util.spec_from_file_location("ranks_under_test", file)
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+dist.init_process_group("gloo")
+result = getattr(module, name)(**json.loads(arguments))
+torch.save(result, f"{out}/{os.environ['RANK']}.pt")
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    """`ranks(world, function, **arguments)`: what the function returned on each rank; arguments travel as JSON."""
+
+    def run(world: int, function: Callable[..., Any], **arguments: Any) -> list[Any]:
+        import torch
+
+        out = tmp_path_factory.mktemp("ranks")
+        command = [sys.executable, "-c", _CHILD, function.__code__.co_filename, function.__name__]
+        command += [json.dumps(arguments), str(out)]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world), "PYTHONSAFEPATH": "1"}
+        started = [
+            subprocess.Popen(
+                command,
+                env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank in range(world)
+        ]
+        try:
+            said = [process.communicate(timeout=240)[0] for process in started]
+        finally:
+            for process in started:
+                process.kill()
+        failed = [text for process, text in zip(started, said, strict=True) if process.returncode]
+        assert not failed, "\n".join(failed)
+        return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in range(world)]
+
+    return run
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """A folder of small documents of uneven lengths that a byte model can learn something from."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for i in range(40):
+        lines = [f"def f{i}_{j}(x):\n    return x + {i * j}\n" for j in range(1 + i % 7)]
+        (folder / f"{i:02d}.py").write_text("".join(lines))
+    return folder

@@ -1,0 +1,220 @@
+"""Stopped and resumed is never stopped; on other ranks the batches are the same; a bad step never moves a weight."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from farspan.models.block import Block
+from farspan.models.decoder import Decoder
+from farspan.models.ffns import Swiglu
+from farspan.models.mixers import Softmax
+from farspan.parallel.context.shard import Batch
+from farspan.parallel.mesh import Mesh, Parallel
+from farspan.platform import metrics
+from farspan.platform.data import Text
+from farspan.platform.job import Checkpoint, Evaluate, Job, Sample, Train
+from farspan.platform.metrics import Metrics
+from farspan.platform.optim import Adamw
+from farspan.platform.schedule import Cosine
+from farspan.platform.trainer import Surroundings, Trainer
+
+
+def job(corpus: str, steps: int, micro: int = 2, policy: Any = "stop", every: int = 4) -> Job:
+    block = Block(repeat=2, mixer=Softmax(heads=2), ffn=Swiglu(hidden=24))
+    return Job(
+        name="t",
+        model=Decoder(width=16, tied=True, blocks=(block,)),
+        data=Text(paths=(corpus,), sequence_length=48, held_out=0.2, cache=f"{corpus}/../cache"),
+        train=Train(
+            steps=steps,
+            batch=4,
+            micro_batch=micro,
+            on_not_finite=policy,
+            evaluate=Evaluate(every=3, rows=5),
+            sample=Sample(prompt="def", tokens=5),
+        ),
+        optim=Adamw(rate=1e-2),
+        schedule=Cosine(warmup=2, steps=12),
+        parallel=Parallel(),
+        checkpoint=Checkpoint(every=every),
+        metrics=Metrics(every=2),
+    )
+
+
+class Session:
+    """A trainer with what surrounds it, on this rank."""
+
+    def __init__(self, wanted: Job, folder: str, stop_after: int | None = None) -> None:
+        self.said: list[str] = []
+        self.step = 0
+
+        def beat(step: int) -> None:
+            self.step = step
+
+        around = Surroundings(
+            folder=Path(folder),
+            say=self.said.append,
+            stopping=lambda: stop_after is not None and self.step >= stop_after,
+            beat=beat,
+            config={"secret": "no"},
+        )
+        sizes = wanted.parallel.sizes(dist.get_world_size())
+        control = dist.new_group(backend="gloo")
+        self.trainer = Trainer(wanted, Mesh(sizes, torch.device("cpu"), control), around)
+
+    def run(self) -> dict[str, Any]:
+        outcome = self.trainer.run()
+        weights = {n: whole(w) for n, w in self.trainer.engine.weights.items()}
+        return {**dataclasses.asdict(outcome), "weights": weights, "said": self.said}
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def numbers(folder: Path) -> list[tuple[Any, ...]]:
+    """What must not change: step, loss, norm, rate, tokens; and the held-out losses."""
+    keys = ("step", "loss", "grad_norm", "rate", "tokens", "eval_loss")
+    return [tuple(line.get(key) for key in keys) for line in metrics.latest(metrics.read(folder))]
+
+
+def through(folder: str, corpus: str) -> dict[str, Any]:
+    return Session(job(corpus, 12), folder).run()
+
+
+def stopped_and_resumed(folder: str, corpus: str) -> dict[str, Any]:
+    first = Session(job(corpus, 12), folder, stop_after=5).run()
+    second = Session(job(corpus, 12), folder).run()
+    return {"first": first, **second}
+
+
+def test_stopped_and_resumed_is_never_stopped_bit_for_bit(ranks: Any, corpus: Path, tmp_path: Path) -> None:
+    arguments = {"corpus": str(corpus)}
+    once = ranks(2, through, folder=str(tmp_path / "a"), **arguments)[0]
+    twice = ranks(2, stopped_and_resumed, folder=str(tmp_path / "b"), **arguments)[0]
+    assert once["kind"] == twice["kind"] == "done" and once["step"] == twice["step"] == 12
+    assert twice["first"]["kind"] == "preempted" and 5 <= twice["first"]["step"] <= 8
+    assert numbers(tmp_path / "a") == numbers(tmp_path / "b") and len(numbers(tmp_path / "a")) == 12 + 4
+    assert {line["attempt"] for line in metrics.read(tmp_path / "b")} == {0, 1}
+    for name, weight in once["weights"].items():
+        assert torch.equal(weight, twice["weights"][name]), name
+    losses = [line[1] for line in numbers(tmp_path / "a") if line[1] is not None]
+    assert losses[-1] < losses[0] - 0.5, "it learns"
+    assert any(text.startswith("sample: def") for text in once["said"])
+
+
+def seen(folder: str, corpus: str, steps: int, micro: int) -> dict[str, Any]:
+    """Trains to `steps` of 12, keeping the tokens of each step on this rank."""
+    session = Session(job(corpus, steps, micro), folder)
+    tokens: list[list[list[int]]] = []
+    real = session.trainer.engine.forward_backward
+
+    def spy(batches: list[Batch], labels: float) -> Tensor:
+        tokens.append([row for batch in batches for row in batch.tokens.tolist()])
+        return real(batches, labels)
+
+    session.trainer.engine.forward_backward = spy    # type: ignore[method-assign,assignment]
+    return {**session.run(), "tokens": tokens}
+
+
+def test_resume_on_other_ranks_sees_the_same_batches(ranks: Any, corpus: Path, tmp_path: Path) -> None:
+    straight = ranks(1, seen, folder=str(tmp_path / "one"), corpus=str(corpus), steps=12, micro=4)[0]
+    folder = str(tmp_path / "many")
+    parts = [
+        ranks(2, seen, folder=folder, corpus=str(corpus), steps=4, micro=1),
+        ranks(4, seen, folder=folder, corpus=str(corpus), steps=8, micro=1),
+        ranks(1, seen, folder=folder, corpus=str(corpus), steps=12, micro=3),
+    ]
+    steps = [[row for rank in part for row in rank["tokens"][i]] for part in parts for i in range(4)]
+    assert steps == straight["tokens"]
+    for left, right in zip(numbers(tmp_path / "one"), [n for n in numbers(tmp_path / "many")], strict=False):
+        if left[1] is not None and right[0] == left[0]:
+            assert left[1] == pytest.approx(right[1], rel=1e-4)
+    for name, weight in straight["weights"].items():
+        torch.testing.assert_close(weight, parts[2][0]["weights"][name], rtol=1e-2, atol=2e-3)
+
+
+def poisoned(folder: str, corpus: str, policy: str) -> dict[str, Any]:
+    """Rank 1's loss is not a number in step 3; the weights after each step are kept."""
+    session = Session(job(corpus, 8, policy=policy, every=2), folder)
+    trainer, after = session.trainer, []
+    real_loss, real_step = trainer.engine.forward_backward, trainer.step
+
+    def forward_backward(batches: list[Batch], labels: float) -> Tensor:
+        bad = trainer.state.step == 2 and dist.get_rank() == 1
+        return real_loss(batches, float("nan") if bad else labels)
+
+    def step(work: Any) -> None:
+        real_step(work)
+        after.append({n: whole(w) for n, w in trainer.engine.weights.items()})
+
+    trainer.engine.forward_backward = forward_backward    # type: ignore[method-assign,assignment]
+    trainer.step = step    # type: ignore[method-assign]
+    return {**session.run(), "after": after, "latest": (Path(folder) / "checkpoints" / "LATEST").read_text()}
+
+
+def equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_a_step_that_is_not_finite_stops_and_names_step_and_rank(ranks: Any, corpus: Path, tmp_path: Path) -> None:
+    for told in ranks(2, poisoned, folder=str(tmp_path / "r"), corpus=str(corpus), policy="stop"):
+        assert told["kind"] == "not_finite" and told["step"] == 3
+        assert "step 3: the loss is not finite on rank 1; the weights were not updated" in told["reason"]
+        assert all(equal(weights, told["after"][1]) for weights in told["after"][2:])
+        assert told["latest"] == "step-00000002\n"
+    assert [line["step"] for line in metrics.read(tmp_path / "r") if "loss" in line] == [1, 2, 3]
+
+
+def test_a_step_that_is_not_finite_is_skipped(ranks: Any, corpus: Path, tmp_path: Path) -> None:
+    for told in ranks(2, poisoned, folder=str(tmp_path / "r"), corpus=str(corpus), policy="skip"):
+        assert told["kind"] == "done" and told["step"] == 8
+        assert equal(told["after"][2], told["after"][1]) and not equal(told["after"][3], told["after"][2])
+        assert all(weight.isfinite().all() for weight in told["weights"].values())
+
+
+def refused(folder: str, corpus: str) -> str:
+    Session(job(corpus, 4), folder).run()
+    (Path(corpus) / "new.py").write_text("x = 1\n" * 30)
+    try:
+        Session(job(corpus, 8), folder)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_changed_corpus_is_refused(ranks: Any, corpus: Path, tmp_path: Path) -> None:
+    text = ranks(1, refused, folder=str(tmp_path / "r"), corpus=str(corpus))[0]
+    assert "the corpus has changed since" in text and "restore the files, or start a run under a new name" in text
+
+
+def failing_disk(folder: str, corpus: str) -> dict[str, Any]:
+    """The first asynchronous save fails; training goes on and saves again at the next step."""
+    session = Session(job(corpus, 8, every=3), folder)
+    saver, real = session.trainer.saver, session.trainer.saver.finish
+    broken = [True]
+
+    def finish() -> None:
+        pending = saver._pending
+        if pending is not None and broken[0]:
+            broken[0] = False
+            real()
+            saver._warn(pending[0], OSError("no space left on device"))
+        else:
+            real()
+
+    saver.finish = finish    # type: ignore[method-assign]
+    return session.run()
+
+
+def test_a_save_that_fails_is_made_again(ranks: Any, corpus: Path, tmp_path: Path) -> None:
+    told = ranks(2, failing_disk, folder=str(tmp_path / "r"), corpus=str(corpus))[0]
+    assert told["kind"] == "done"
+    saves = [line for line in told["said"] if line.startswith("saved checkpoint")]
+    assert any(line.startswith("warning: checkpoint") for line in told["said"]) and len(saves) >= 3
