@@ -298,7 +298,7 @@ class Agent:
         if not reason and speaker is not None:
             reason = self._ended[speaker].reason
         culprit = None if code is Exit.DONE else speaker
-        told = NodeExit(code=code, ranks=self._ended, reason=reason, culprit=culprit)
+        told = NodeExit(code=code, ranks=dict(sorted(self._ended.items())), reason=reason, culprit=culprit)
         publish(spec.exit, told.to_json())
         return told
 

@@ -1,14 +1,18 @@
 """Line charts as SVG text: what a browser shows without a library, a network or a script."""
 
+import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
+from statistics import median
 
 WIDTH, HEIGHT = 600, 260
 LEFT, RIGHT, TOP, BOTTOM = 58, 12, 14, 34
 COLOURS = 7
+CROWDED = 600
+"""A noisy curve of more points is drawn faintly under its trend."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,24 +38,32 @@ class Axis:
     logarithmic: bool = False
 
     def place(self, value: float) -> float:
+        """The pixel of a value."""
         low, high, value = (math.log10(v) if self.logarithmic else v for v in (self.low, self.high, value))
         return self.start + (self.end - self.start) * (value - low) / (high - low)
 
 
-def draw(curves: Sequence[Curve], *, label: str, zero: bool = False) -> str:
-    """One chart. `zero`: the vertical axis begins at zero; else it fits, and is logarithmic where a few values would
-    flatten all others. `label` tells those who cannot see it what it shows."""
-    thin = [(curve, [(step, _tame(value)) for step, value in downsample(curve.points)]) for curve in curves]
-    finite = [value for _, points in thin for _, value in points if math.isfinite(value)]
-    steps = [step for _, points in thin for step, _ in points]
+def draw(curves: Sequence[Curve], *, label: str, zero: bool = False, noisy: bool = False) -> str:
+    """One chart of curves of at least one point each.
+
+    `zero`: the vertical axis begins at zero; else it fits most values, and says so where it is logarithmic or leaves
+    the highest out. `noisy`: crowded curves get a trend. `label` tells those who cannot see the chart what it shows.
+    """
+    curves = [replace(curve, points=[(step, _tame(value)) for step, value in curve.points]) for curve in curves]
+    finite = sorted(value for curve in curves for _, value in curve.points if math.isfinite(value))
+    steps = [step for curve in curves for step, _ in curve.points]
     x = _span(min(steps), max(steps), LEFT, WIDTH - RIGHT)
     y = _vertical(finite, zero)
+    inner = HEIGHT - BOTTOM - TOP + 12    # the inner picture cuts off what is beyond the vertical axis
     scale = json.dumps([x.low, x.high, x.start, x.end, y.low, y.high, y.start, y.end, y.logarithmic])
     parts = [
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}" data-scale="{scale}">',
         *_grid(x, y),
-        *(part for curve, points in thin for part in _curve(curve, points, x, y)),
-        '<g class="hover"></g></svg>',
+        *_remarks(y, finite),
+        f'<svg y="{TOP - 6}" height="{inner}" width="{WIDTH}" viewBox="0 {TOP - 6} {WIDTH} {inner}">',
+        *itertools.chain.from_iterable(_curve(curve, x, y, noisy) for curve in curves),
+        *(_trend(curve, x, y) for curve in curves if noisy and len(curve.points) > CROWDED),
+        '</svg><g class="hover"></g></svg>',
     ]
     return "\n".join(parts)
 
@@ -73,6 +85,16 @@ def downsample(points: Sequence[tuple[int, float]], limit: int = 2000) -> list[t
     return [points[i] for i in sorted(kept)]
 
 
+def trend(points: Sequence[tuple[int, float]], slices: int = 150) -> list[tuple[int, float]]:
+    """The median of each of equal slices at the middle step of the slice, nan where nothing in it is finite."""
+    found, slices = [], min(slices, len(points))
+    for index in range(slices):
+        part = points[index * len(points) // slices : (index + 1) * len(points) // slices]
+        finite = [value for _, value in part if math.isfinite(value)]
+        found.append((part[len(part) // 2][0], median(finite) if finite else math.nan))
+    return found
+
+
 def look(style: int) -> str:
     """The CSS classes of a style: the colours in turn, dashed from the second round on."""
     return f"c{style % COLOURS}" + (" dashed" if style >= COLOURS else "")
@@ -88,9 +110,9 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 
 def short(value: float) -> str:
-    """A number for an axis: 0.002, 1.5k, 20M, 2e-05."""
+    """A number for an axis: 0.05, 2e-3, 1.5k, 20M."""
     size = abs(value)
-    if size != 0 and (size < 1e-3 or size >= 1e15):
+    if size != 0 and (size < 0.01 or size >= 1e15):
         mantissa, exponent = f"{value:.3e}".split("e")
         return f"{float(mantissa):g}e{int(exponent)}"
     for unit, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -115,14 +137,18 @@ def _span(low: float, high: float, start: float, end: float) -> Axis:
 
 
 def _vertical(finite: Sequence[float], zero: bool) -> Axis:
+    """The scale for sorted values: a few very high ones, as at the start of a training, must not flatten the rest."""
     start, end = HEIGHT - BOTTOM, TOP
     if not finite:
         return Axis(low=0.0, high=1.0, start=start, end=end)
-    low, high = min(finite), max(finite)
-    if not zero and low > 0 and high > 20 * sorted(finite)[len(finite) // 2]:
+    low, high = finite[0], finite[-1]
+    if not zero and low > 0 and high > 20 * finite[len(finite) // 2]:
         return Axis(low=low / 1.2, high=high * 1.2, start=start, end=end, logarithmic=True)
     if zero and low >= 0:
         return Axis(low=0.0, high=high * 1.08 or 1.0, start=start, end=end)
+    most = finite[int(0.95 * (len(finite) - 1))]
+    if len(finite) >= 100 and 0 < 2.5 * (most - low) < high - low:
+        high = low + 1.3 * (most - low)
     axis = _span(low, high, start, end)
     pad = 0.06 * (axis.high - axis.low)
     return Axis(low=axis.low - pad, high=axis.high + pad, start=start, end=end)
@@ -141,8 +167,15 @@ def _grid(x: Axis, y: Axis) -> Iterator[str]:
             yield f'<text class="tick" x="{at:.1f}" y="{floor + 17}" text-anchor="middle">{short(value)}</text>'
     yield f'<path class="axis" d="M{LEFT} {floor}H{WIDTH - RIGHT}"/>'
     yield f'<text class="tick" x="{WIDTH - RIGHT}" y="{HEIGHT - 3}" text-anchor="end">step</text>'
-    if y.logarithmic:
-        yield f'<text class="tick" x="{LEFT}" y="{HEIGHT - 3}">logarithmic scale</text>'
+
+
+def _remarks(y: Axis, finite: Sequence[float]) -> Iterator[str]:
+    """What a reader must know about the vertical axis."""
+    words = ["logarithmic scale"] if y.logarithmic else []
+    if finite and finite[-1] > y.high:
+        words.append(f"the axis ends below the highest value, {finite[-1]:.4g}")
+    if words:
+        yield f'<text class="tick" x="{LEFT}" y="{HEIGHT - 3}">{"; ".join(words)}</text>'
 
 
 def _levels(y: Axis) -> list[float]:
@@ -156,8 +189,13 @@ def _levels(y: Axis) -> list[float]:
     return levels[:: 1 + len(levels) // 8]
 
 
-def _curve(curve: Curve, points: Sequence[tuple[int, float]], x: Axis, y: Axis) -> Iterator[str]:
-    style = look(curve.style)
+def _trend(curve: Curve, x: Axis, y: Axis) -> str:
+    return f'<path class="curve {look(curve.style)}" d="{"".join(_strokes(trend(curve.points), x, y))}"/>'
+
+
+def _curve(curve: Curve, x: Axis, y: Axis, noisy: bool) -> Iterator[str]:
+    style, points = look(curve.style), downsample(curve.points)
+    faint = " faint" if noisy and len(curve.points) > CROWDED else ""
     for step, what in curve.marks:
         if x.low <= step <= x.high:
             title = f"<title>{escape(curve.name)}: {escape(what)}</title>"
@@ -165,10 +203,10 @@ def _curve(curve: Curve, points: Sequence[tuple[int, float]], x: Axis, y: Axis) 
     finite = [(step, value) for step, value in points if math.isfinite(value)]
     data = " ".join(f"{step},{value:.6g}" for step, value in finite)
     line = "".join(_strokes(points, x, y))
-    yield f'<path class="curve {style}" data-name="{escape(curve.name)}" data-points="{data}" d="{line}"/>'
+    yield f'<path class="curve {style}{faint}" data-name="{escape(curve.name)}" data-points="{data}" d="{line}"/>'
     if len(finite) <= 40:
         for step, value in finite:
-            yield f'<circle class="dot {style}" cx="{x.place(step):.1f}" cy="{y.place(value):.1f}" r="2.6"/>'
+            yield f'<circle class="dot {style}" cx="{x.place(step):.1f}" cy="{_height(y, value):.1f}" r="2.6"/>'
     for step, value in points:
         if not math.isfinite(value):
             title = f"<title>{escape(curve.name)}: {value} at step {step}</title>"
@@ -176,12 +214,17 @@ def _curve(curve: Curve, points: Sequence[tuple[int, float]], x: Axis, y: Axis) 
             yield f'<path class="broken {style}" d="M{at - 4:.1f} {TOP}l8 8m0-8l-8 8">{title}</path>'
 
 
+def _height(y: Axis, value: float) -> float:
+    """The pixel of a value, kept to what renderers can count on: those beyond the axis are cut off anyway."""
+    return max(y.place(value), -9999.0)
+
+
 def _strokes(points: Sequence[tuple[int, float]], x: Axis, y: Axis) -> Iterator[str]:
     """Path commands; a gap lifts the pen, and `h0` leaves a dot where a point stands alone."""
     down = False
     for step, value in points:
         if math.isfinite(value):
-            at = f"{x.place(step):.1f} {y.place(value):.1f}"
+            at = f"{x.place(step):.1f} {_height(y, value):.1f}"
             yield f"L{at}" if down else f"M{at}h0"
         down = math.isfinite(value)
 
@@ -193,13 +236,13 @@ STYLE = """
 @media (prefers-color-scheme: dark) {
   :root { --page: #131416; --card: #1b1d20; --text: #e8e8e6; --soft: #9a9ea8; --line: #2d3035;
     --c0: #4db1ea; --c1: #ff8a3d; --c2: #2fc79b; --c3: #e29cc6; --c4: #f0b93a; --c5: #9ad4f5; --c6: #c4c4c4; } }
-figure svg { display: block; width: 100%; height: auto; overflow: visible; touch-action: pan-y }
+figure > svg { display: block; width: 100%; height: auto; overflow: visible; touch-action: pan-y }
 .tick { font-size: 11.5px; fill: var(--soft); font-variant-numeric: tabular-nums }
 path { fill: none } .grid { stroke: var(--line) } .axis { stroke: var(--soft); stroke-opacity: .6 }
 .c0 { color: var(--c0) } .c1 { color: var(--c1) } .c2 { color: var(--c2) } .c3 { color: var(--c3) }
 .c4 { color: var(--c4) } .c5 { color: var(--c5) } .c6 { color: var(--c6) }
 .curve { stroke: currentColor; stroke-width: 1.6; stroke-linejoin: round; stroke-linecap: round }
-.curve.dashed { stroke-dasharray: 5 4 }
+.curve.dashed { stroke-dasharray: 5 4 } .curve.faint { stroke-width: 1; stroke-opacity: .32 }
 .dot { fill: currentColor } .broken { stroke: currentColor; stroke-width: 1.8 }
 .mark { stroke: currentColor; stroke-width: 1.2; stroke-dasharray: 2 3; opacity: .8 }
 .hover { pointer-events: none } .hover path { stroke: var(--soft); stroke-opacity: .6 }
@@ -218,7 +261,7 @@ readout.hidden = true;
 for (const svg of document.querySelectorAll("svg[data-scale]")) {
   const [xl, xh, xs, xe, yl, yh, ys, ye, log] = JSON.parse(svg.dataset.scale), f = log ? Math.log10 : v => v;
   const curves = [...svg.querySelectorAll("path[data-points]")].map(path => ({
-    name: path.dataset.name, style: path.getAttribute("class").replace("curve ", ""),
+    name: path.dataset.name, style: path.classList[1],
     points: path.dataset.points.split(" ").filter(Boolean).map(pair => pair.split(",").map(Number)) }));
   const x = step => xs + (xe - xs) * (step - xl) / (xh - xl);
   const y = value => ys + (ye - ys) * (f(value) - f(yl)) / (f(yh) - f(yl));
@@ -241,7 +284,7 @@ for (const svg of document.querySelectorAll("svg[data-scale]")) {
     draw("path", { d: `M${x(best)} ${ye}V${ys}` });
     readout.replaceChildren(`step ${best.toLocaleString("en")}`);
     for (const { name, style, point } of near) {
-      draw("circle", { class: style, cx: x(point[0]), cy: y(point[1]), r: 4 });
+      draw("circle", { class: style, cx: x(point[0]), cy: Math.max(y(point[1]), ye - 6), r: 4 });
       const row = document.createElement("span");
       row.className = style;
       const value = Math.abs(point[1]) >= 1000 ? point[1].toLocaleString("en") : String(point[1]);

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 import shutil
 import signal
 import socket
@@ -63,10 +64,8 @@ class Ray:
             raise ValueError(f"nodes={self.nodes}: give at least one")
         if self.nodes > 1 and self.address is None:
             raise ValueError(f"nodes={self.nodes}: a private Ray has one node; give the address of a cluster")
-        if self.address is not None and "://" in self.address:
-            raise ValueError(
-                f"address={self.address}: give the cluster's own host:port, or auto on one of its machines"
-            )
+        if self.address not in (None, "auto") and not re.fullmatch(r"[^/]+:[0-9]+", self.address or ""):
+            raise ValueError(f"address={self.address}: give the cluster's host:port, or auto on one of its machines")
         if self.object_store_mb < 80:
             raise ValueError(f"object_store_mb={self.object_store_mb}: Ray needs at least 80")
 
@@ -116,7 +115,10 @@ def _private(config: Ray, ranks: int, cuda: bool) -> Iterator[None]:
 def _joined(address: str) -> Iterator[None]:
     host, _, port = address.rpartition(":")
     if host:  # Ray would try for minutes
-        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        except OSError as error:
+            raise ConnectionError(f"launch.address={address}: no Ray cluster answers there ({error})") from error
     with _environment(_QUIET):
         import ray
 
@@ -380,7 +382,8 @@ def _resources() -> str:
     import ray
 
     total = ray.cluster_resources()
-    return f"{len(ray.nodes())} nodes, {total.get('CPU', 0):g} CPU, {total.get('GPU', 0):g} GPU"
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    return f"{nodes} nodes, {total.get('CPU', 0):g} CPU, {total.get('GPU', 0):g} GPU"
 
 
 if __name__ == "__main__":

@@ -8,18 +8,18 @@ from html import escape
 from pathlib import Path
 from statistics import median
 
-from farspan.launch.chart import SCRIPT, STYLE, Curve, draw, look
+from farspan.launch.chart import CROWDED, SCRIPT, STYLE, Curve, draw, look
 from farspan.platform.metrics import FILE, Line, attempt_of, is_evaluation, latest, read, step_of
 
 CHARTS = (
-    # key, title, unit, whether the axis begins at zero
-    ("loss", "Training loss", "nats per token", False),
-    ("eval_loss", "Held-out loss", "nats per token", False),
-    ("rate", "Learning rate", "", True),
-    ("grad_norm", "Gradient norm", "before clipping", False),
-    ("tokens_per_second", "Throughput", "tokens per second", True),
-    ("mfu", "Model FLOPs utilisation", "% of peak", True),
-    ("memory_gb", "Memory", "GB on the fullest rank", True),
+    # key, title, unit, whether the axis begins at zero, whether steps scatter
+    ("loss", "Training loss", "mean over the step", False, True),
+    ("eval_loss", "Held-out loss", "mean over the evaluation", False, False),
+    ("rate", "Learning rate", "", True, False),
+    ("grad_norm", "Gradient norm", "before clipping", False, True),
+    ("tokens_per_second", "Throughput", "tokens per second", True, True),
+    ("mfu", "Model FLOPs utilisation (MFU)", "% of peak", True, True),
+    ("memory_gb", "Memory", "GB", True, False),
 )
 
 COLUMNS = (
@@ -32,7 +32,6 @@ COLUMNS = (
     ("Tokens", "seen since the start of the run"),
     ("Time in steps", "sum over all steps, repeated ones included; starts, evaluations and waits are not in it"),
     ("Attempts", "starts of the job; more than one means restarts or a resume"),
-    ("Reason", "why the run ended or what it does"),
 )
 
 
@@ -127,11 +126,16 @@ def _page(runs: Sequence[_Run]) -> str:
 
 def _table(runs: Sequence[_Run]) -> str:
     head = "".join(f'<th title="{escape(hint)}">{name}</th>' for name, hint in COLUMNS)
-    rows = "".join(
-        f"<tr><th>{_swatch(run)}{escape(run.name)}</th>{''.join(f'<td>{cell}</td>' for cell in _cells(run))}</tr>\n"
-        for run in runs
-    )
+    rows = "".join(_row(run) for run in runs)
     return f'<div class="wide"><table><thead><tr><th>Run</th>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+
+
+def _row(run: _Run) -> str:
+    """The table row of a run, and below it the reason of its state where one is given."""
+    cells = "".join(f"<td>{cell}</td>" for cell in _cells(run))
+    row = f"<tr><th>{_swatch(run)}{escape(run.name)}</th>{cells}</tr>\n"
+    reason = _known(run.status.get("reason"))
+    return row if reason == "–" else f'{row}<tr class="reason"><td colspan="{1 + len(COLUMNS)}">{reason}</td></tr>\n'
 
 
 def _cells(run: _Run) -> list[str]:
@@ -153,7 +157,6 @@ def _cells(run: _Run) -> list[str]:
         _amount(tokens[-1][1]) if tokens else "–",
         _duration(sum(seconds)) if any(seconds) else "–",
         str(max(attempts) + 1) if attempts else "–",
-        _known(run.status.get("reason")),
     ]
 
 
@@ -193,9 +196,9 @@ def _notices(runs: Sequence[_Run]) -> Iterator[str]:
             path = run.folder / FILE
             why = f"{escape(str(path))} {'is empty' if path.is_file() else 'does not exist'}"
             yield f'<p class="notice"><b>{escape(run.name)}</b> has no metrics yet: {why}.</p>'
-    missing = [title for key, title, _, _ in CHARTS if not any(run.series(key) for run in runs)]
+    missing = [title for key, title, *_ in CHARTS if not any(run.series(key) for run in runs)]
     if missing and any(run.lines for run in runs):
-        yield f'<p class="aside">Not recorded: {", ".join(missing).lower()}.</p>'
+        yield f'<p class="aside">Not recorded: {", ".join(missing)}.</p>'
 
 
 def _legend(runs: Sequence[_Run]) -> Iterator[str]:
@@ -204,6 +207,8 @@ def _legend(runs: Sequence[_Run]) -> Iterator[str]:
         words.append(f"<li>{_key('mark', 'M9 0v12')}restart</li>")
     if any(not math.isfinite(value) for run in runs for key, *_ in CHARTS for _, value in run.series(key)):
         words.append(f"<li>{_key('broken', 'M5 2l8 8m0-8l-8 8')}not finite</li>")
+    if any(len(run.series(key)) > CROWDED for run in runs for key, *_, noisy in CHARTS if noisy):
+        words.append("<li>faint: every step; bold: median of neighbouring steps</li>")
     if words:
         yield f'<ul class="legend">{"".join(words)}</ul>'
 
@@ -218,7 +223,7 @@ def _key(kind: str, line: str) -> str:
 
 def _charts(runs: Sequence[_Run]) -> str:
     parts = []
-    for key, title, unit, zero in CHARTS:
+    for key, title, unit, zero, noisy in CHARTS:
         scale = 100.0 if key == "mfu" else 1.0
         curves = [
             Curve(
@@ -231,7 +236,7 @@ def _charts(runs: Sequence[_Run]) -> str:
             if run.series(key)
         ]
         if curves:
-            picture = draw(curves, label=f"{title} over steps", zero=zero)
+            picture = draw(curves, label=f"{title} over steps", zero=zero, noisy=noisy)
             parts.append(f'<figure id="{key}"><figcaption>{title} <small>{unit}</small></figcaption>{picture}</figure>')
     return f'<section class="charts">{"".join(parts)}</section>'
 
@@ -254,8 +259,8 @@ h1 { margin: 0 0 18px; font-size: 24px; font-weight: 650; line-height: 1.25; ove
 .wide { overflow-x: auto }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
 th, td { padding: 9px 14px; text-align: left; vertical-align: top; white-space: nowrap }
-td:last-child { white-space: normal; min-width: 14em }
 tr + tr > * { border-top: 1px solid var(--line) }
+tr.reason > td { border-top: 0; padding: 0 14px 10px 39px; color: var(--soft); white-space: normal }
 thead th { color: var(--soft); font-size: 12px; font-weight: 500; border-bottom: 1px solid var(--line) }
 tbody th { font-weight: 600 }
 small { color: var(--soft); font-size: 12px; font-weight: 400 }

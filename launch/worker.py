@@ -108,7 +108,14 @@ def _train(folder: Path, ears: Ears, step: list[int | None]) -> tuple[Exit, str]
         step[0] = now
         pulse.beat(now)
 
-    around = Surroundings(folder=folder, say=say, stopping=lambda: ears.asked, beat=beat, config=run.tree())
+    around = Surroundings(
+        folder=folder,
+        say=say,
+        stopping=lambda: ears.asked,
+        beat=beat,
+        config=run.tree(),
+        attempt=int(os.environ.get("FARSPAN_ATTEMPT", "0")),
+    )
     trainer = Trainer(run.job, Mesh(run.job.parallel.sizes(world), device, control), around)
     beat(trainer.state.step)
     outcome = trainer.run()

@@ -50,6 +50,8 @@ class Surroundings:
     """A sign of life after each step."""
     config: Mapping[str, Any]
     """The run's configuration as a plain tree, free of secrets."""
+    attempt: int = 0
+    """Which start of the run this is, as far as its launcher knows."""
 
 
 def compute_type(job: Job, device: torch.device) -> torch.dtype | None:
@@ -275,7 +277,7 @@ class Trainer:
         if self.mesh.rank != 0:
             return None, Sinks([], self.say)
         folder = self.around.folder
-        journal = Journal(folder, next_attempt(folder))
+        journal = Journal(folder, max(self.around.attempt, next_attempt(folder)))
         if journal.note:
             self.say(journal.note)
         return journal, Sinks(_sinks(self.job.metrics, folder, self.around.config), self.say)

@@ -17,6 +17,7 @@ import pytest
 
 from farspan.launch import on_ray
 from farspan.launch.exit import Exit
+from farspan.launch.on_local import free_port
 from farspan.launch.on_ray import Ray, compare, source, versions
 from farspan.launch.runner import run
 
@@ -156,6 +157,18 @@ def test_what_is_shipped_holds_every_room() -> None:
 def test_a_private_ray_cannot_have_two_nodes() -> None:
     with pytest.raises(ValueError, match=r"nodes=2: .*address"):
         Ray(nodes=2)
+
+
+@pytest.mark.parametrize("address", ["ray://10.0.0.1:10001", "10.0.0.1"])
+def test_an_address_that_is_no_cluster_is_refused(address: str) -> None:
+    with pytest.raises(ValueError, match=f"address={address}: .*host:port"):
+        Ray(address=address)
+
+
+def test_a_cluster_that_does_not_answer_is_reported_at_once(bench: Bench) -> None:
+    launch = Ray(address=f"127.0.0.1:{free_port()}", device="cpu", ranks=1)
+    assert run(launch, command=["python"], folder=bench.folder, say=bench.heard.append) == Exit.RETRY
+    assert "no Ray cluster answers there" in json.loads((bench.folder / "status.json").read_text())["reason"]
 
 
 def test_a_worker_that_knows_the_config_has_not_imported_ray() -> None:

@@ -1,0 +1,220 @@
+"""The main job through `launch`, as a person runs it: trains, dies, comes back, refuses, reports."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from farspan.platform import metrics
+
+CONFIG = """
+name: tiny
+model:
+  kind: decoder
+  width: 16
+  tied: true
+  blocks: [{repeat: 1, mixer: {kind: softmax, heads: 2}, ffn: {kind: swiglu, hidden: 24}}]
+data: {kind: text, paths: [CORPUS], sequence_length: 48, held_out: 0.2, cache: CACHE}
+train: {steps: 30, batch: 4, evaluate: {every: 10, rows: 4}, sample: {prompt: "def", tokens: 4}}
+optim: {kind: adamw, rate: 1e-2}
+schedule: {kind: cosine, warmup: 2}
+checkpoint: {every: 5, keep: 3}
+metrics: {every: 5}
+launch: {kind: local, ranks: 2, device: cpu}
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path, corpus: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(CONFIG.replace("CORPUS", str(corpus)).replace("CACHE", str(tmp_path / "cache")))
+    return path
+
+
+def launch(config: Path, *arguments: str, command: str = "train", **started: Any) -> subprocess.Popen[str]:
+    """`launch` in the folder of the config, its output in `.stdout`."""
+    line = [sys.executable, "-m", "farspan.launch.cli", command]
+    line += ["--config", str(config), *arguments] if command == "train" else list(arguments)
+    return subprocess.Popen(
+        line, cwd=config.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **started
+    )
+
+
+def finished(process: subprocess.Popen[str], code: int = 0) -> str:
+    said = process.communicate(timeout=240)[0]
+    assert process.returncode == code, said
+    return said
+
+
+def status(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "status.json").read_text())
+    return found
+
+
+def numbers(folder: Path) -> list[tuple[Any, ...]]:
+    keys = ("step", "loss", "grad_norm", "rate", "tokens", "eval_loss")
+    return [tuple(line.get(key) for key in keys) for line in metrics.latest(metrics.read(folder))]
+
+
+def processes(marker: str) -> list[int]:
+    """Live processes with `marker` in their command line."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if marker.encode() in path.read_bytes() and int(path.parent.name) != os.getpid():
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+def rank_of(folder: Path, rank: int) -> int:
+    """The process of a rank, by its environment."""
+    for pid in processes("farspan.launch.worker"):
+        try:
+            seen = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            if f"RANK={rank}".encode() in seen and str(folder).encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
+                return pid
+        except OSError:
+            continue
+    return 0
+
+
+def wait_for_step(folder: Path, step: int) -> None:
+    """Until a heartbeat says that `step` was made."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        try:
+            if json.loads((folder / "agents" / "rank-0.heartbeat").read_text())["step"] >= step:
+                return
+        except (OSError, ValueError):
+            pass
+        time.sleep(0.02)
+    raise TimeoutError(f"{folder} did not reach step {step}")
+
+
+def test_train_resume_verify_report(config: Path) -> None:
+    """One run from beginning to end, and everything a person does with it afterwards."""
+    said = finished(launch(config))
+    folder = config.parent / "runs" / "tiny"
+    assert "step     30  loss" in said and "sample: def" in said and "run folder: runs/tiny" in said
+    assert status(folder) == {"state": "done", "exit_code": 0, "step": 30, "reason": status(folder)["reason"], "attempt": 1}
+    lines = metrics.read(folder)
+    keys = {"step", "loss", "grad_norm", "rate", "tokens", "tokens_per_second", "step_seconds", "mfu", "memory_gb", "attempt"}
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 31))
+    assert all(set(line) == keys for line in lines if "loss" in line)
+    assert [line["step"] for line in lines if "eval_loss" in line] == [10, 20, 30]
+    assert (folder / "logs" / "rank-0.log").exists() and (folder / "logs" / "rank-1.log").exists()
+
+    said = finished(launch(config), code=2)    # never overwritten silently
+    assert "name=tiny: the run" in said and "add --resume to go on with it, or name=another" in said
+
+    said = finished(launch(config, "--resume", "optim.rate=0.5"), code=2)
+    assert "optim.rate=0.5" in said and "--resume may change only train.steps" in said
+
+    said = finished(launch(config, "--resume", "train.steps=40", "launch.ranks=1"))
+    assert "resumed from" in said and status(folder)["step"] == 40
+    assert "steps: 30" in (folder / "config.yaml").read_text(), "the schedule's horizon stays where it was"
+
+    assert "sound" in finished(launch(config, str(folder), command="verify"))
+    file = next((folder / "checkpoints" / "step-00000040").glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 4
+    file.write_bytes(content)
+    said = finished(launch(config, str(folder / "checkpoints" / "step-00000040"), command="verify"), code=2)
+    assert "DAMAGED" in said and "SHA-256 differs" in said
+    said = finished(launch(config, "--resume", "train.steps=41", "launch.ranks=1"))
+    assert "step-00000040 does not verify and is passed over" in said and "resumed from" in said
+
+    page = Path(finished(launch(config, str(folder), command="report")).strip().splitlines()[-1])
+    assert "<svg" in (config.parent / page).read_text()
+
+
+@pytest.mark.parametrize("victim", ["rank-1", "rank-0"])
+def test_kill_9_of_a_rank_ends_with_the_same_metrics(config: Path, victim: str) -> None:
+    undisturbed = launch(config, "name=whole")
+    finished(undisturbed)
+    process = launch(config, "name=hurt")
+    folder = config.parent / "runs" / "hurt"
+    wait_for_step(folder, random.Random(time.time()).randint(6, 24))
+    os.kill(rank_of(folder, int(victim[-1])), signal.SIGKILL)
+    said = finished(process)
+    assert "restart" in said
+    assert numbers(folder) == numbers(config.parent / "runs" / "whole")
+    assert {line["attempt"] for line in metrics.read(folder)} == {1, 2}
+    assert not processes(str(folder))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_exits_85_and_resume_goes_on(config: Path, number: signal.Signals) -> None:
+    process = launch(config, "train.steps=3000", "checkpoint.every=null")
+    folder = config.parent / "runs" / "tiny"
+    wait_for_step(folder, 7)
+    process.send_signal(number)
+    finished(process, code=85)
+    told = status(folder)
+    assert told["state"] == "preempted" and told["exit_code"] == 85 and 7 <= told["step"] < 3000
+    assert (folder / "checkpoints" / "LATEST").read_text() == f"step-{told['step']:08d}\n"
+    assert not processes(str(folder))
+    if number == signal.SIGTERM:
+        said = finished(launch(config, "--resume", f"train.steps={told['step'] + 2}"))
+        assert f"resumed from {folder}/checkpoints/step-{told['step']:08d}" in said
+
+
+def test_a_crash_loop_stops_with_a_clear_reason(config: Path, tmp_path: Path) -> None:
+    """A rank that dies at the same place every time: the weights of a damaged checkpoint folder cannot be written."""
+    broken = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(tmp_path / "hook")}
+    (tmp_path / "hook").mkdir()
+    hook = "import os\nif os.environ.get('RANK') == '1' and 'WORLD_SIZE' in os.environ:\n    os._exit(17)\n"
+    (tmp_path / "hook" / "sitecustomize.py").write_text(hook)
+    said = finished(launch(config, "launch.retries=2", env=broken), code=75)
+    told = status(config.parent / "runs" / "tiny")
+    assert told["state"] == "failed" and told["exit_code"] == 75 and "17" in told["reason"] and "17" in said
+
+
+def test_torchrun_is_a_launcher_too(config: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "farspan.launch.cli"]
+    command += ["train", "--config", str(config), "train.steps=4"]
+    done = subprocess.run(command, cwd=config.parent, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = config.parent / "runs" / "tiny"
+    assert status(folder)["state"] == "done" and [n[0] for n in numbers(folder) if n[1] is not None] == [1, 2, 3, 4]
+
+
+def test_ray_runs_the_same_job_and_survives_a_kill(config: Path) -> None:
+    finished(launch(config, "name=whole"))
+    process = launch(config, "name=hurt", "launch.kind=ray", "launch.nodes=1")
+    folder = config.parent / "runs" / "hurt"
+    wait_for_step(folder, random.Random(time.time()).randint(6, 24))
+    os.kill(rank_of(folder, 1), signal.SIGKILL)
+    finished(process)
+    assert numbers(folder) == numbers(config.parent / "runs" / "whole")
+    assert status(folder)["state"] == "done" and not processes(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train.stpes=3"], "train.stpes=3: unknown key; did you mean steps?"),
+        (["train.batch=3"], "train.batch=3: must be a multiple of dp=2; try 4"),
+        (["model.vocabulary=100"], "model.vocabulary=100: the tokenizer has 257 tokens"),
+        (["data.paths=[/no/such/folder]"], "/no/such/folder"),
+        (["lanch.kind=ray"], "did you mean launch?"),
+        (["model.blocks.0.mixer.heads=3"], "heads=3: must divide width=16"),
+        (["parallel.tp=2"], "parallel.tp=2: this version trains with tp=1 only"),
+        (["schedule.warmup=50"], "schedule.warmup=50"),
+        (["data.held_out=0"], "data.held_out=0: train.evaluate needs held-out documents"),
+        (["name=a/b"], "name='a/b'"),
+        (["--resume", "name=never"], "is no run"),
+    ],
+)
+def test_mistakes_are_named_before_any_process_starts(config: Path, arguments: list[str], message: str) -> None:
+    said = finished(launch(config, *arguments), code=2)
+    assert message in said and "Traceback" not in said
