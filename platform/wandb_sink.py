@@ -30,6 +30,7 @@ class WandbSink:
     def close(self) -> None:
         if self._run is not None:
             self._run.finish()
+            wandb.teardown()    # waits for its writer, a process that may lag behind `finish`
 
     def _open(self) -> "wandb.Run":
         self._folder.mkdir(parents=True, exist_ok=True)
