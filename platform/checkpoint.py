@@ -120,20 +120,37 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+class _Stager(DefaultStager):    # type: ignore[misc]
+    """Keeps its pinned, shared copies from save to save: torch 2.11 closes a stager after each."""
+
+    def close(self) -> None:
+        pass
+
+    def end(self) -> None:
+        super().close()
+
+
 class Saver:
     """Saves a run's state in another process while training goes on.
 
     A save that fails is said and asks to be made again (`failed`); it never ends the training.
     """
 
+    TRIES = 3
+
     def __init__(self, root: Path, keep: int, control: dist.ProcessGroup, say: Say) -> None:
         self.root, self.keep, self.control, self.say = root, keep, control, say
-        self._stager: DefaultStager | None = None
+        self._stager: _Stager | None = None
         self._pending: tuple[int, AsyncSaveResponse] | None = None
-        self.failed = False
-        """This rank saw its last save fail; the ranks agree on it with the next step's counts."""
+        self.failures = 0
+        """How many saves this rank saw fail in a row."""
         if dist.get_rank() == 0:
             root.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the last save failed and should be made again soon: a few times, then at the next regular turn."""
+        return 0 < self.failures < self.TRIES
 
     def start(self, step: int, state: State, manifest: dict[str, Any]) -> None:
         """Begins a save. The state may change again once `staged` has returned."""
@@ -141,7 +158,7 @@ class Saver:
         if self._stager is None:
             cuda = torch.cuda.is_available()
             options = StagingOptions(use_pinned_memory=cuda, use_non_blocking_copy=cuda)
-            self._stager = DefaultStager(options)
+            self._stager = _Stager(options)
         self._clear(step)
         response = dcp.async_save(
             dict(state),
@@ -170,22 +187,22 @@ class Saver:
         (step, response), self._pending = self._pending, None
         try:
             response.upload_completion.result()
-            self.failed = False
+            self.failures = 0
             self.say(f"saved checkpoint {folder_of(self.root, step)}")
         except BaseException as error:    # DCP's own exception is no Exception
             if isinstance(error, KeyboardInterrupt):
                 raise
             self._warn(step, error)
 
-    def save(self, step: int, state: State, manifest: dict[str, Any], tries: int = 3) -> bool:
+    def save(self, step: int, state: State, manifest: dict[str, Any]) -> bool:
         """Saves at once, in this process; returns whether it stands. All ranks call it and agree."""
         self.finish()
-        for _ in range(tries):
+        for _ in range(self.TRIES):
             self._clear(step)
             try:
                 writer = _Writer(self.root, step, manifest, self.keep)
                 dcp.save(dict(state), storage_writer=writer, process_group=self.control)
-                self.failed = False
+                self.failures = 0
                 self.say(f"saved checkpoint {folder_of(self.root, step)}")
                 return True
             except BaseException as error:
@@ -197,7 +214,7 @@ class Saver:
     def close(self) -> None:
         self.finish()
         if self._stager is not None:
-            self._stager.close()
+            self._stager.end()
 
     def _clear(self, step: int) -> None:
         """Removes what an earlier, killed save of this step left aside."""
@@ -206,9 +223,10 @@ class Saver:
         dist.barrier(group=self.control)
 
     def _warn(self, step: int, error: BaseException) -> None:
-        self.failed = True
-        reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
-        self.say(f"warning: checkpoint {folder_of(self.root, step)} failed ({reason[0]}); it will be tried again")
+        self.failures += 1
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = f"{type(error).__name__}: {lines[-1] if lines else 'no message'}"
+        self.say(f"warning: checkpoint {folder_of(self.root, step)} failed ({reason}); it will be tried again")
 
 
 def manifest_of(folder: Path) -> dict[str, Any]:

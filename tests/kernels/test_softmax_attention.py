@@ -61,6 +61,7 @@ def check(ours: tuple[Tensor, ...], truth: tuple[Tensor, ...], dtype: torch.dtyp
         assert torch.equal(a.isinf(), b.isinf()), name
         a, b = a.double().masked_fill(a.isinf(), 0.0), b.double().masked_fill(b.isinf(), 0.0)
         bound = TOLERANCE[dtype] * max(1.0, float(b.abs().max()) if b.numel() else 0.0)
+        bound *= 4 if name == "dsinks" else 1  # one sum over all queries, whose terms cancel
         torch.testing.assert_close(a, b, rtol=0, atol=bound, msg=lambda text, name=name: f"{name}: {text}")
 
 

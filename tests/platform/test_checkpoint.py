@@ -44,7 +44,7 @@ def save(root: str, seeds: list[int], keep: int = 2, asynchronous: bool = False)
             for tensor in tensors.values():    # after staging the training may change what was saved
                 (tensor.to_local() if isinstance(tensor, DTensor) else tensor).fill_(torch.nan)
             saver.finish()
-            stood &= not saver.failed
+            stood &= not saver.failures
         else:
             stood &= saver.save(seed, tensors, {"format": 1, "note": seed})
     saver.close()
