@@ -25,9 +25,9 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, ignore:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, ignore: int, grad: bool) -> Tensor:    # type: ignore[no-untyped-def] # noqa: ANN001, E501
+    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, ignore: int, grad: bool) -> Tensor:  # type: ignore[no-untyped-def] # noqa: ANN001
         dtype = torch.promote_types(hidden.dtype, torch.float32)
-        train = grad and any(ctx.needs_input_grad[:2])    # inside a Function gradients always look disabled
+        train = grad and any(ctx.needs_input_grad[:2])  # inside a Function gradients always look disabled
         loss = torch.zeros((), dtype=dtype, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if train else None
         d_weight = torch.zeros_like(weight, dtype=dtype) if train else None
@@ -41,7 +41,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if d_hidden is None or d_weight is None:
                 continue
             p = log_p.exp_()
-            p.scatter_add_(1, target, torch.full_like(target, -1, dtype=dtype))    # softmax minus one-hot, in fp32
+            p.scatter_add_(1, target, torch.full_like(target, -1, dtype=dtype))  # softmax minus one-hot, in fp32
             d_logits = p.mul_(counted.unsqueeze(1)).to(hidden.dtype)
             d_hidden[start : start + chunk] = d_logits @ weight
             d_weight += _product(d_logits.T, rows, dtype)
@@ -51,7 +51,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx, upstream: Tensor) -> tuple[Tensor, Tensor, None, None, None]:    # type: ignore[no-untyped-def,override] # noqa: ANN001
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[no-untyped-def] # noqa: ANN001
         d_hidden, d_weight = ctx.saved_tensors
         return (d_hidden * upstream).to(d_hidden.dtype), (d_weight * upstream).to(ctx.dtype), None, None, None
 

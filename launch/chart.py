@@ -54,7 +54,7 @@ def draw(curves: Sequence[Curve], *, label: str, zero: bool = False, noisy: bool
     steps = [step for curve in curves for step, _ in curve.points]
     x = _span(min(steps), max(steps), LEFT, WIDTH - RIGHT)
     y = _vertical(finite, zero)
-    inner = HEIGHT - BOTTOM - TOP + 12    # the inner picture cuts off what is beyond the vertical axis
+    inner = HEIGHT - BOTTOM - TOP + 12  # the inner picture cuts off what is beyond the vertical axis
     scale = json.dumps([x.low, x.high, x.start, x.end, y.low, y.high, y.start, y.end, y.logarithmic])
     parts = [
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}" data-scale="{scale}">',

@@ -12,10 +12,10 @@ from farspan.launch import pulse
 from farspan.launch.exit import Exit
 
 if TYPE_CHECKING:
-    from farspan.launch.run import Run    # torch takes a second to import: help and report do without
+    from farspan.launch.run import Run  # torch takes a second to import: help and report do without
 
 if __name__ == "__mp_main__":
-    logging.disable(logging.WARNING)    # see launch/worker.py: under torchrun this file is what a rank runs
+    logging.disable(logging.WARNING)  # see launch/worker.py: under torchrun this file is what a rank runs
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -30,13 +30,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verify.add_argument("checkpoint", type=Path, help="runs/NAME/checkpoints/step-N, or runs/NAME for all of them")
     verify.set_defaults(run=_verify)
     report = commands.add_parser("report", help="write one HTML page with the curves of one or more runs")
-    report.add_argument("folders", type=Path, nargs="+", metavar="RUN", help="run folders, for instance runs/quickstart")
+    report.add_argument(
+        "folders", type=Path, nargs="+", metavar="RUN", help="run folders, for instance runs/quickstart"
+    )
     report.add_argument("--out", type=Path, help="the page to write; default: report.html in the first folder")
     report.set_defaults(run=_report)
     parsed = parser.parse_args(arguments)
     try:
         return int(parsed.run(parsed))
-    except ValueError as error:    # ConfigError among them: said to a person, without a traceback
+    except ValueError as error:  # ConfigError among them: said to a person, without a traceback
         problems = str(error).splitlines()
         print(f"launch: {len(problems)} problem{'s' * (len(problems) > 1)}", file=sys.stderr)
         for problem in problems:
@@ -82,7 +84,7 @@ def _train(parsed: argparse.Namespace) -> int:
     folder = (parsed.runs / run.job.name).absolute()
     if parsed.dry_run:
         print(config.dump(run.tree()))
-    lines = runs.plan_of(run, world)    # the model is built on the meta device: what does not fit fails here
+    lines = runs.plan_of(run, world)  # the model is built on the meta device: what does not fit fails here
     if parsed.dry_run:
         print("\n".join(lines))
         return int(Exit.DONE)
@@ -160,7 +162,11 @@ def _verify(parsed: argparse.Namespace) -> int:
 
     folder: Path = parsed.checkpoint
     inside = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
-    found = [folder] if folder.name.startswith("step-") else [checkpoint.folder_of(inside, s) for s in checkpoint.steps_in(inside)]
+    found = (
+        [folder]
+        if folder.name.startswith("step-")
+        else [checkpoint.folder_of(inside, s) for s in checkpoint.steps_in(inside)]
+    )
     if not found or not all(path.is_dir() for path in found):
         raise ValueError(f"{folder}: no checkpoint here; give runs/NAME or runs/NAME/checkpoints/step-N")
     sound = True

@@ -14,6 +14,7 @@ from farspan.platform.checkpoint import replace as write_whole
 from farspan.platform.config import ConfigError, Plain, Source
 from farspan.platform.job import Job
 from farspan.platform.plan import plan
+from farspan.platform.schedule import Constant
 
 MAY_CHANGE = ("train.steps", "parallel", "launch", "checkpoint", "metrics")
 """What a resumed run may do differently from its own configuration."""
@@ -69,9 +70,9 @@ def _with_launch(problems: tuple[str, ...]) -> list[str]:
 
 def _with_horizon(job: Job) -> Job:
     """Fixes the schedule's horizon at the first start: it does not move when train.steps does."""
-    if getattr(job.schedule, "steps", 0) is None:
-        return replace(job, schedule=replace(job.schedule, steps=job.train.steps))
-    return job
+    if isinstance(job.schedule, Constant) or job.schedule.steps is not None:
+        return job
+    return replace(job, schedule=replace(job.schedule, steps=job.train.steps))
 
 
 def plan_of(run: Run, world: int | None = None) -> list[str]:
@@ -97,10 +98,7 @@ def resume(run: Run, folder: Path) -> Run:
     if not path.exists():
         raise ConfigError([f"--resume: {folder} is no run (it has no config.yaml); leave --resume out to start it"])
     old = decode(config.read(path))
-    schedule = run.job.schedule
-    if run.raw.get("schedule", {}).get("steps") is None and hasattr(schedule, "steps"):
-        schedule = replace(schedule, steps=getattr(old.job.schedule, "steps", None))
-    wanted = replace(run, job=replace(run.job, schedule=schedule))
+    wanted = replace(run, job=_with_horizon_of(old.job, run))
     differences = _differences(config.encode(old.job), config.encode(wanted.job))
     refused = [d for d in differences if not any(d[0] == key or d[0].startswith(f"{key}.") for key in MAY_CHANGE)]
     if refused:
@@ -114,6 +112,14 @@ def resume(run: Run, folder: Path) -> Run:
         )
     write_whole(path, config.dump(wanted.tree()))
     return wanted
+
+
+def _with_horizon_of(old: Job, run: Run) -> Job:
+    """The run's job; where it leaves the schedule's horizon open, that is the old one."""
+    schedule, before = run.job.schedule, old.schedule
+    if isinstance(schedule, Constant) or isinstance(before, Constant) or run.raw["schedule"].get("steps") is not None:
+        return run.job
+    return replace(run.job, schedule=replace(schedule, steps=before.steps))
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:

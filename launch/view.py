@@ -72,7 +72,7 @@ class _Tail:
         self._path = path
         self._offset = path.stat().st_size if path.exists() else 0
         if at_line:
-            self._offset = max(0, self._offset - 65536)    # longer than any line
+            self._offset = max(0, self._offset - 65536)  # longer than any line
             self._offset += self._new().rfind(b"\n") + 1
 
     def lines(self) -> list[bytes]:
@@ -92,7 +92,7 @@ class _Tail:
         try:
             with self._path.open("rb") as file:
                 if os.fstat(file.fileno()).st_size < self._offset:
-                    self._offset = 0    # begun anew by another writer
+                    self._offset = 0  # begun anew by another writer
                 file.seek(self._offset)
                 return file.read()
         except OSError:
@@ -115,7 +115,7 @@ class _Pipe:
             try:
                 self._out.write(text + "\n")
                 self._out.flush()
-            except BrokenPipeError:    # Python would flush the rest when it exits, fail, and spoil the exit code
+            except BrokenPipeError:  # Python would flush the rest when it exits, fail, and spoil the exit code
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, self._out.fileno())
                 os.close(nowhere)

@@ -16,13 +16,15 @@ from farspan.launch import pulse
 from farspan.launch.exit import Exit
 
 if __name__ == "__mp_main__":
-    logging.disable(logging.WARNING)    # the process that writes checkpoints imports this file again, and is talkative
+    logging.disable(logging.WARNING)  # the process that writes checkpoints imports this file again, and is talkative
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`launch worker --run FOLDER`, under RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT."""
     parser = argparse.ArgumentParser(prog="launch worker", description=__doc__)
-    parser.add_argument("--run", required=True, type=Path, metavar="FOLDER", help="the run folder, with its config.yaml")
+    parser.add_argument(
+        "--run", required=True, type=Path, metavar="FOLDER", help="the run folder, with its config.yaml"
+    )
     return work(parser.parse_args(arguments).run)
 
 
@@ -33,7 +35,7 @@ class Ears:
         self.asked = False
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._hear)
-        faulthandler.register(signal.SIGUSR2)    # the agent asks a rank that hangs where it is
+        faulthandler.register(signal.SIGUSR2)  # the agent asks a rank that hangs where it is
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
@@ -50,10 +52,10 @@ def work(folder: Path, keep_status: bool = False) -> int:
     step: list[int | None] = [None]
     try:
         code, reason = _train(folder, ears, step)
-    except ValueError as error:    # a configuration that only showed itself wrong against data, model or checkpoint
+    except ValueError as error:  # a configuration that only showed itself wrong against data, model or checkpoint
         _print_error(error)
         code, reason = Exit.CONFIG, str(error)
-    except BaseException as error:    # DCP and gloo raise beyond Exception; whatever it is, the agent must hear of it
+    except BaseException as error:  # DCP and gloo raise beyond Exception; whatever it is, the agent must hear of it
         _print_error(error)
         code, reason = Exit.RETRY, f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
     pulse.farewell(code, step[0], reason)
@@ -63,7 +65,7 @@ def work(folder: Path, keep_status: bool = False) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     if code not in (Exit.DONE, Exit.PREEMPTED):
-        os._exit(code)    # other ranks may be gone: no collective clean-up can be waited for
+        os._exit(code)  # other ranks may be gone: no collective clean-up can be waited for
     return int(code)
 
 
@@ -92,7 +94,7 @@ def _train(folder: Path, ears: Ears, step: list[int | None]) -> tuple[Exit, str]
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=timedelta(minutes=10))
-    dist.barrier(group=(control := dist.new_group(backend="gloo")))    # under torchrun, rank 0 writes the config first
+    dist.barrier(group=(control := dist.new_group(backend="gloo")))  # under torchrun, rank 0 writes the config first
     run = runs.decode(config.read(folder / "config.yaml"), world=world)
     cuda = runner.device(run.launch) == "cuda"
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")

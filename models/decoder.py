@@ -69,12 +69,12 @@ class DecoderModel(nn.Module):
 
     def flops(self, lengths: tuple[int, ...]) -> int:
         """Forward operations for documents of these lengths; a backward is twice that."""
-        layers = sum(layer.flops(lengths) for layer in self.layers)    # type: ignore[operator]
+        layers = sum(layer.flops(lengths) for layer in self.layers)  # type: ignore[operator]
         return int(layers + 2 * sum(lengths) * self.embed.weight.numel())
 
     def forward(self, batch: Batch, at: Tensor | None = None) -> Tensor:
-        """Without `at`: the summed loss of the batch, in nats. With `at` (int64 places in the T of row 0): N V logits."""
-        x = self.embed(batch.tokens)    # B T D
+        """Without `at`: the summed loss of the batch, in nats. With `at` (int64 places in row 0): N V logits."""
+        x = self.embed(batch.tokens)  # B T D
         angles = self.angles(batch.positions)
         for layer, rotation in zip(self.layers, self.rotations, strict=True):
             x = layer(x, None if rotation is None else angles[rotation], batch.cu_seqlens)

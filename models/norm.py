@@ -19,7 +19,7 @@ class RMSNorm(nn.Module):
         return {"weight": Normal(1.0, 0.0)}
 
     def flops(self, lengths: tuple[int, ...]) -> int:
-        return 0    # no products: bandwidth, not arithmetic
+        return 0  # no products: bandwidth, not arithmetic
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)

@@ -43,7 +43,7 @@ class Engine:
         for layer in layers:
             recompute.apply(layer, recomputing)
             if compiled:
-                layer.forward = torch.compile(layer.forward)    # type: ignore[method-assign]
+                layer.forward = torch.compile(layer.forward)
         fsdp.shard(model, layers, mesh, compute)
         fsdp.materialise(model, dict(starts), mesh.device, seed)
         self.model = model
@@ -59,8 +59,8 @@ class Engine:
         total = torch.zeros((), device=self.mesh.device)
         for i, batch in enumerate(batches):
             last = i == len(batches) - 1
-            self.model.set_is_last_backward(last)    # type: ignore[operator]
-            self.model.set_requires_all_reduce(last)    # type: ignore[operator]
+            self.model.set_is_last_backward(last)  # type: ignore[operator]
+            self.model.set_requires_all_reduce(last)  # type: ignore[operator]
             loss = self.model(batch.to(self.mesh.device)) / labels
             loss.backward()
             total += loss.detach()
@@ -79,7 +79,7 @@ class Engine:
         norms = torch._foreach_norm([part for part in parts if part.numel()])
         zero = torch.zeros(1, dtype=torch.float64, device=self.mesh.device)
         squares = torch.cat([zero, *(norm.double().square().view(1) for norm in norms)]).sum()
-        dist.all_reduce(squares, group=self.mesh.weights.get_group("shard"))    # copies in `replicate` are equal
+        dist.all_reduce(squares, group=self.mesh.weights.get_group("shard"))  # copies in `replicate` are equal
         return squares.sqrt()
 
     def clear(self) -> None:
@@ -91,5 +91,5 @@ class Engine:
         """The model's answer without gradients: summed loss, or logits at places `at` of row 0."""
         with torch.no_grad():
             answer: Tensor = self.model(batch.to(self.mesh.device), at)
-        self.model.reshard()    # type: ignore[operator]
+        self.model.reshard()  # type: ignore[operator]
         return answer

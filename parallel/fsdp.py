@@ -26,7 +26,7 @@ def shard(model: nn.Module, layers: Iterable[nn.Module], mesh: Mesh, compute: to
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)    # gloo has no pre-multiplied sum
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
 
 
 def materialise(model: nn.Module, starts: dict[str, Normal], device: torch.device, seed: int) -> None:

@@ -16,6 +16,6 @@ def apply(layer: nn.Module, recompute: Recompute) -> None:
         return
     kept = [torch.ops.farspan.attend.default]
     contexts = partial(create_selective_checkpoint_contexts, kept)
-    layer.forward = partial(    # type: ignore[method-assign]
+    layer.forward = partial(
         checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
     )

@@ -7,21 +7,23 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint._state_dict_stager import StateDictStager
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 MANIFEST = "manifest.json"
 LATEST = "LATEST"
@@ -63,7 +65,7 @@ class Hashed:
             return Hashed(path.name, path.stat().st_size, hashlib.file_digest(stream, "sha256").hexdigest())
 
 
-class _Writer(HuggingFaceStorageWriter):    # type: ignore[misc]
+class _Writer(HuggingFaceStorageWriter):
     """Writes safetensors, hashes what it wrote, and (on rank 0, once all ranks are done) commits."""
 
     def __init__(self, root: Path, step: int, manifest: dict[str, Any], keep: int) -> None:
@@ -77,23 +79,23 @@ class _Writer(HuggingFaceStorageWriter):    # type: ignore[misc]
         hashed = [Hashed.of(self.aside / name) for name in sorted(names)]
         for name in names:
             _sync(self.aside / name)
-        done: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
+        done: Future[list[WriteResult]] = Future()
         done.set_result([dataclasses.replace(r, storage_data=hashed) for r in results[:1]] + results[1:])
-        return done    # type: ignore[return-value]
+        return done
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         files = [file for of_rank in results if of_rank for file in of_rank[0].storage_data]
         tensors = {
             name: {"shape": list(entry.size), "dtype": str(entry.properties.dtype)}
             for name, entry in metadata.state_dict_metadata.items()
-            if hasattr(entry, "size")
+            if isinstance(entry, TensorStorageMetadata)
         }
         manifest = {**self.manifest, "files": [dataclasses.asdict(f) for f in files], "tensors": tensors}
         (self.aside / MANIFEST).write_text(json.dumps(manifest, indent=1))
         _sync(self.aside / MANIFEST)
         _sync(self.aside)
         final = folder_of(self.root, self.step)
-        if final.exists():    # of an earlier attempt, which did not verify: it was passed over at the start
+        if final.exists():  # of an earlier attempt, which did not verify: it was passed over at the start
             shutil.rmtree(final)
         self.aside.rename(final)
         replace(self.root / LATEST, f"{final.name}\n")
@@ -120,14 +122,11 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-class _Stager(DefaultStager):    # type: ignore[misc]
-    """Keeps its pinned, shared copies from save to save: torch 2.11 closes a stager after each."""
+class _Copies(StateDictStager):
+    """Keeps its pinned, shared memory from save to save: torch 2.11 closes it after each, and then cannot be used."""
 
     def close(self) -> None:
         pass
-
-    def end(self) -> None:
-        super().close()
 
 
 class Saver:
@@ -140,7 +139,7 @@ class Saver:
 
     def __init__(self, root: Path, keep: int, control: dist.ProcessGroup, say: Say) -> None:
         self.root, self.keep, self.control, self.say = root, keep, control, say
-        self._stager: _Stager | None = None
+        self._stager: DefaultStager | None = None
         self._pending: tuple[int, AsyncSaveResponse] | None = None
         self.failures = 0
         """How many saves this rank saw fail in a row."""
@@ -157,10 +156,10 @@ class Saver:
         self.finish()
         if self._stager is None:
             cuda = torch.cuda.is_available()
-            options = StagingOptions(use_pinned_memory=cuda, use_non_blocking_copy=cuda)
-            self._stager = _Stager(options)
+            self._stager = DefaultStager(StagingOptions(use_pinned_memory=cuda, use_non_blocking_copy=cuda))
+            self._stager._state_dict_stager = _Copies(pin_memory=cuda, share_memory=True)
         self._clear(step)
-        response = dcp.async_save(
+        response = state_dict_saver.async_save(
             dict(state),
             storage_writer=_Writer(self.root, step, manifest, self.keep),
             process_group=self.control,
@@ -173,7 +172,7 @@ class Saver:
     def staged(self) -> None:
         """Waits until the pending save has copied the state aside: before the weights change."""
         if self._pending is not None:
-            self._pending[1].staging_completion.result()
+            wait([self._pending[1].staging_completion])  # its failure is the save's, which `finish` will tell
 
     def poll(self) -> None:
         """Notices a pending save that has ended, without waiting."""
@@ -189,7 +188,7 @@ class Saver:
             response.upload_completion.result()
             self.failures = 0
             self.say(f"saved checkpoint {folder_of(self.root, step)}")
-        except BaseException as error:    # DCP's own exception is no Exception
+        except BaseException as error:  # DCP's own exception is no Exception
             if isinstance(error, KeyboardInterrupt):
                 raise
             self._warn(step, error)
@@ -201,7 +200,7 @@ class Saver:
             self._clear(step)
             try:
                 writer = _Writer(self.root, step, manifest, self.keep)
-                dcp.save(dict(state), storage_writer=writer, process_group=self.control)
+                state_dict_saver.save(dict(state), storage_writer=writer, process_group=self.control)
                 self.failures = 0
                 self.say(f"saved checkpoint {folder_of(self.root, step)}")
                 return True
@@ -214,7 +213,7 @@ class Saver:
     def close(self) -> None:
         self.finish()
         if self._stager is not None:
-            self._stager.end()
+            self._stager.close()
 
     def _clear(self, step: int) -> None:
         """Removes what an earlier, killed save of this step left aside."""
@@ -288,7 +287,7 @@ def load(root: Path, step: int, state: State, control: dist.ProcessGroup) -> dic
     manifest = manifest_of(folder)
     if problems := _mismatches(manifest["tensors"], state):
         raise ValueError(f"{folder}: does not fit this model: " + "; ".join(problems[:3]))
-    dcp.load(dict(state), storage_reader=HuggingFaceStorageReader(str(folder)), process_group=control)
+    state_dict_loader.load(dict(state), storage_reader=HuggingFaceStorageReader(str(folder)), process_group=control)
     return manifest
 
 

@@ -43,7 +43,7 @@ def read(path: Path, overrides: Iterable[str] = ()) -> Source:
         raise ConfigError([f"--config {path}: no such file{hint}"])
     try:
         config = OmegaConf.load(path)
-    except Exception as error:    # yaml and omegaconf raise many kinds; all mean that the file cannot be read
+    except Exception as error:  # yaml and omegaconf raise many kinds; all mean that the file cannot be read
         raise ConfigError([f"--config {path}: not readable as YAML: {error}"]) from error
     if not OmegaConf.is_dict(config):
         raise ConfigError([f"--config {path}: holds a list or nothing; it must hold keys such as name:, model:, data:"])
@@ -54,7 +54,9 @@ def read(path: Path, overrides: Iterable[str] = ()) -> Source:
     try:
         tree = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
-        raise ConfigError([f"{path}: {str(error).splitlines()[0]}; set the variable, or write the value itself"]) from error
+        raise ConfigError(
+            [f"{path}: {str(error).splitlines()[0]}; set the variable, or write the value itself"]
+        ) from error
     raw = OmegaConf.to_container(config, resolve=False)
     assert isinstance(tree, dict) and isinstance(raw, dict)
     return Source(tree=_strings(tree), raw=_strings(raw), overridden=frozenset(overridden))
@@ -78,7 +80,7 @@ def _override(config: Any, text: str, problems: list[str]) -> str | None:
         parsed = OmegaConf.to_container(OmegaConf.create(f"value: {value}"), resolve=False)
         assert isinstance(parsed, dict)
         OmegaConf.update(config, path, parsed["value"], merge=False, force_add=True)
-    except Exception as error:    # a value that is no YAML, or a path through a plain value
+    except Exception as error:  # a value that is no YAML, or a path through a plain value
         problems.append(f"override {text!r}: {str(error).splitlines()[0]}; write a.b=c with c as YAML")
         return None
     return path
@@ -102,7 +104,7 @@ def decode(source: Source, cls: type[T], notes: Callable[[str], None] = lambda _
     value = decoder.dataclass(source.tree, cls, "")
     if decoder.problems:
         raise ConfigError(decoder.problems)
-    return value    # type: ignore[no-any-return]
+    return value
 
 
 def encode(value: Any, hint: Any = Any) -> Any:
@@ -284,7 +286,9 @@ def _name(hint: Any) -> str:
 
 
 def _quote_hint(tree: Any, options: tuple[Any, ...]) -> str:
-    return "; YAML reads this word as a truth value: put it in quotes" if isinstance(tree, bool) and str in options else ""
+    return (
+        "; YAML reads this word as a truth value: put it in quotes" if isinstance(tree, bool) and str in options else ""
+    )
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:

@@ -18,7 +18,7 @@ def held_out_loss(engine: Engine, rows: Rows, limit: int, micro_batch: int) -> f
     dp, rank = mesh.sizes.dp, mesh.index("dp")
     total = torch.zeros(2, dtype=torch.float64)
     mine = range(min(limit, len(rows)))[rank::dp]
-    rounds = -(-min(limit, len(rows)) // (dp * micro_batch))    # the same on every rank: forwards are collective
+    rounds = -(-min(limit, len(rows)) // (dp * micro_batch))  # the same on every rank: forwards are collective
     for i in range(rounds):
         numbers = mine[i * micro_batch : (i + 1) * micro_batch]
         batch = rows.batch(numbers or [0])
@@ -46,7 +46,7 @@ def sample(
             ids.append(int(logits.argmax()))
         else:
             noise = uniform(len(ids) << 20 | torch.arange(len(logits)), draw).double()
-            ids.append(int((logits / temperature - (-noise.log()).log()).argmax()))    # Gumbel's trick
+            ids.append(int((logits / temperature - (-noise.log()).log()).argmax()))  # Gumbel's trick
         if ids[-1] == tokenizer.end:
             break
     return tokenizer.decode(ids[begun:])

@@ -53,7 +53,7 @@ class Feed:
             ahead = self._post(next(steps))
             yield Work(
                 batches=batches,
-                labels=max(1.0, labels),    # a step of padding alone has a loss of zero, not of nothing by nothing
+                labels=max(1.0, labels),  # a step of padding alone has a loss of zero, not of nothing by nothing
                 tokens=int(tokens),
                 flops=flops,
                 stop=stop > 0,

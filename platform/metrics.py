@@ -214,7 +214,7 @@ class _Feed:
             while not self._dropped and (line := self._queue.get()) is not None:
                 self._sink.write(line)
             self._sink.close()
-        except Exception as error:    # a library of another house: whatever it raises, training goes on
+        except Exception as error:  # a library of another house: whatever it raises, training goes on
             self._drop(f"{type(error).__name__}: {error}")
 
     def _drop(self, reason: str) -> None:

@@ -94,9 +94,11 @@ def _activations(job: Job, model: DecoderModel, rows: int) -> int:
     shape = rows, job.data.sequence_length
     positions = torch.zeros(shape, dtype=torch.int64, device="meta")
     empty = Batch(tokens=positions, labels=positions, positions=positions, cu_seqlens=None, lengths=(), valid=0)
-    x = torch.empty(*shape, model.embed.embedding_dim, dtype=model.embed.weight.dtype, device="meta", requires_grad=True)
+    x = torch.empty(
+        *shape, model.embed.embedding_dim, dtype=model.embed.weight.dtype, device="meta", requires_grad=True
+    )
     angles = model.angles(empty.positions)
-    total, largest = 2 * x.nbytes, 0    # the final norm's input and the hidden gradient that the loss keeps
+    total, largest = 2 * x.nbytes, 0  # the final norm's input and the hidden gradient that the loss keeps
     for layer, rotation in zip(model.layers, model.rotations, strict=True):
         saved = _saved(layer, x, None if rotation is None else angles[rotation])
         total += x.nbytes if job.train.recompute == "block" else saved
@@ -114,7 +116,7 @@ def _saved(layer: nn.Module, x: Tensor, angles: tuple[Tensor, Tensor] | None) ->
         storage = tensor.untyped_storage()
         if storage._cdata not in own:
             seen[storage._cdata] = storage.nbytes()
-            alive.append(tensor)    # a freed storage's address could be taken by another
+            alive.append(tensor)  # a freed storage's address could be taken by another
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):

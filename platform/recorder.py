@@ -50,9 +50,7 @@ class Recorder:
     ) -> None:
         """Remembers one step; nothing waits for the device."""
         values = torch.stack([loss.double(), norm.double(), part.double()])
-        entry = _Step(
-            step=step, rate=rate, tokens=tokens, total=total, flops=flops, values=values, end=self._now()
-        )
+        entry = _Step(step=step, rate=rate, tokens=tokens, total=total, flops=flops, values=values, end=self._now())
         self.steps.append(entry)
 
     def pause(self) -> Callable[[], None]:

@@ -119,7 +119,7 @@ class Trainer:
         loss = self.engine.sum(part)
         norm = self.engine.gradient_norm()
         rate = self.job.optim.rate * self.job.schedule.factor(self.state.step)
-        self.saver.staged()    # a save in flight reads the weights until here
+        self.saver.staged()  # a save in flight reads the weights until here
         self.optimizer.update(rate, self._scale(loss, norm))
         self.engine.clear()
         self.state = self.state.advance(rows=self.job.train.batch, tokens=work.tokens)
@@ -135,7 +135,7 @@ class Trainer:
         )
 
     def _scale(self, loss: Tensor, norm: Tensor) -> Tensor:
-        """What the gradient is multiplied by: 1 or less to clip, 0 to leave the weights alone; decided on the device."""
+        """What the gradient is multiplied by: at most 1, and 0 to leave the weights alone; decided on the device."""
         finite = torch.isfinite(loss) & torch.isfinite(norm)
         if self.job.train.on_not_finite == "stop":
             self.sound &= finite
@@ -195,7 +195,9 @@ class Trainer:
     def _broken(self) -> Outcome | None:
         """Writes the metrics so far; an outcome if a step was not finite and the policy is to stop."""
         lines = self.recorder.flush()
-        bad = [line for line in lines if not (math.isfinite(line["loss"] or 0) and math.isfinite(line["grad_norm"] or 0))]
+        bad = [
+            line for line in lines if not (math.isfinite(line["loss"] or 0) and math.isfinite(line["grad_norm"] or 0))
+        ]
         self.finite_last = not bad or lines[-1] is not bad[-1]
         stop = bad and self.job.train.on_not_finite == "stop"
         end = lines.index(bad[0]) + 1 if stop else len(lines)
@@ -224,9 +226,7 @@ class Trainer:
     def _evaluate(self) -> None:
         assert self.job.train.evaluate is not None
         resume = self.recorder.pause()
-        loss = evaluate.held_out_loss(
-            self.engine, self.corpus.held_out, self.job.train.evaluate.rows, self.micro_batch
-        )
+        loss = evaluate.held_out_loss(self.engine, self.corpus.held_out, self.job.train.evaluate.rows, self.micro_batch)
         line: Line = {"step": self.state.step, "eval_loss": loss}
         self._write([line])
         self.say(plain(line))
@@ -234,7 +234,7 @@ class Trainer:
 
     def _write(self, lines: list[Line]) -> None:
         for line in lines if self.journal is not None else []:
-            self.journal.write(line)    # type: ignore[union-attr]
+            self.journal.write(line)  # type: ignore[union-attr]
             self.sinks.write(line)
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -265,8 +265,8 @@ class Trainer:
         manifest = checkpoint.manifest_of(checkpoint.folder_of(root, step))
         if (saved := manifest["data"]["fingerprint"]) != self.corpus.fingerprint:
             raise ValueError(
-                f"data: the corpus has changed since {checkpoint.folder_of(root, step)} (fingerprint {saved[:12]} then, "
-                f"{self.corpus.fingerprint[:12]} now); restore the files, or start a run under a new name"
+                f"data: the corpus has changed since {checkpoint.folder_of(root, step)} (fingerprint {saved[:9]} then, "
+                f"{self.corpus.fingerprint[:9]} now); restore the files, or start a run under a new name"
             )
         checkpoint.load(root, step, self._tensors(), self.mesh.control)
         self.say(f"resumed from {checkpoint.folder_of(root, step)}")
@@ -303,7 +303,7 @@ class Trainer:
 def _sinks(metrics: Metrics, folder: Path, config: Mapping[str, Any]) -> list[Sink]:
     if metrics.wandb is None:
         return []
-    from farspan.platform.wandb_sink import WandbSink    # takes a second to import: only who wants it waits
+    from farspan.platform.wandb_sink import WandbSink  # takes a second to import: only who wants it waits
 
     return [WandbSink(folder, metrics.wandb, config)]
 

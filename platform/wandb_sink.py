@@ -30,7 +30,7 @@ class WandbSink:
     def close(self) -> None:
         if self._run is not None:
             self._run.finish()
-            wandb.teardown()    # waits for its writer, a process that may lag behind `finish`
+            wandb.teardown()  # waits for its writer, a process that may lag behind `finish`
 
     def _open(self) -> "wandb.Run":
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -46,5 +46,5 @@ class WandbSink:
                 console="off", silent=True, disable_code=True, disable_git=True, save_code=False, x_disable_meta=True
             ),
         )
-        run.define_metric("*", step_metric="step")    # our step may go back after a restart, wandb's own may not
+        run.define_metric("*", step_metric="step")  # our step may go back after a restart, wandb's own may not
         return run

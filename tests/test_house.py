@@ -44,7 +44,10 @@ def test_no_circles() -> None:
     for path in FILES:
         dotted = "farspan." + ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         graph[dotted] = imports(path)
-    known = {m: {name if name in graph else name.rpartition(".")[0] for name in names} & set(graph) for m, names in graph.items()}
+    known = {
+        m: {name if name in graph else name.rpartition(".")[0] for name in names} & set(graph)
+        for m, names in graph.items()
+    }
     done: set[str] = set()
 
     def visit(module: str, above: tuple[str, ...]) -> None:
@@ -60,7 +63,9 @@ def test_no_circles() -> None:
 
 def test_rooms_have_no_init_and_every_package_is_listed() -> None:
     for room in ("", *ROOMS, "configs"):
-        assert not (ROOT / room / "__init__.py").exists(), f"{room}/__init__.py would make platform/ shadow the library's"
+        assert not (ROOT / room / "__init__.py").exists(), (
+            f"{room}/__init__.py would make platform/ shadow the library's"
+        )
     folders = {path.parent for path in FILES} | {ROOT / "configs"}
     wanted = {"farspan." + ".".join(folder.relative_to(ROOT).parts) for folder in folders}
     assert wanted == set(PROJECT["tool"]["setuptools"]["packages"])
@@ -69,11 +74,16 @@ def test_rooms_have_no_init_and_every_package_is_listed() -> None:
 def test_links_for_type_checkers_and_ray() -> None:
     for room in (*ROOMS, "configs"):
         link = ROOT / ".ci" / "farspan" / room
-        assert link.is_symlink() and os.readlink(link) == f"../../{room}"
+        assert link.is_symlink() and str(link.readlink()) == f"../../{room}"
 
 
 def test_no_module_is_named_like_a_library() -> None:
-    libraries = {name.lower() for name in importlib.metadata.packages_distributions()} - {"farspan", *ROOMS, "configs", "tests"}
+    libraries = {name.lower() for name in importlib.metadata.packages_distributions()} - {
+        "farspan",
+        *ROOMS,
+        "configs",
+        "tests",
+    }
     for path in FILES:
         assert path.stem == "__init__" or path.stem not in libraries, f"{path} is named like an installed library"
 

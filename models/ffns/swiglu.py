@@ -42,5 +42,5 @@ class SwigluFfn(nn.Module):
         return 2 * sum(lengths) * 3 * self.to_out.weight.numel()
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.to_out(F.silu(self.to_gate(x)) * self.to_up(x))    # B T D
+        out: Tensor = self.to_out(F.silu(self.to_gate(x)) * self.to_up(x))  # B T D
         return out

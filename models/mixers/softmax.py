@@ -88,9 +88,9 @@ class SoftmaxMixer(nn.Module):
         return 2 * sum(lengths) * weights + 4 * pairs * self.config.heads * self.key_dim
 
     def forward(self, x: Tensor, angles: Angles | None, cu_seqlens: Tensor | None) -> Tensor:
-        q = self.to_q(x).unflatten(-1, (-1, self.key_dim))    # B T H K
-        k = self.to_k(x).unflatten(-1, (-1, self.key_dim))    # B T Hkv K
-        v = self.to_v(x).unflatten(-1, (-1, self.key_dim))    # B T Hkv K
+        q = self.to_q(x).unflatten(-1, (-1, self.key_dim))  # B T H K
+        k = self.to_k(x).unflatten(-1, (-1, self.key_dim))  # B T Hkv K
+        v = self.to_v(x).unflatten(-1, (-1, self.key_dim))  # B T Hkv K
         if self.norm_q is not None and self.norm_k is not None:
             q, k = self.norm_q(q), self.norm_k(k)
         if angles is not None:
@@ -106,7 +106,7 @@ class SoftmaxMixer(nn.Module):
             softcap=config.softcap,
             sinks=self.sinks,
         )
-        mixed: Tensor = self.to_out(out.flatten(-2))    # B T D
+        mixed: Tensor = self.to_out(out.flatten(-2))  # B T D
         return mixed
 
 

@@ -54,7 +54,7 @@ class Loader(Iterator[list[Batch]]):
         prefetch: int = 2,
         workers: int = 1,
     ) -> None:
-        shares(start, batch, micro_batch, dp_rank, dp)    # refuses impossible sizes here rather than in a thread
+        shares(start, batch, micro_batch, dp_rank, dp)  # refuses impossible sizes here rather than in a thread
         if prefetch < 1 or workers < 1:
             raise ValueError(f"prefetch={prefetch}, workers={workers}: both must be at least 1")
         if not len(rows):

@@ -104,7 +104,7 @@ class Rows:
         self._tokens = tokens
         self._end = end
         self._bounds = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
-        self._shift = starts - self._bounds[:-1]    # position in the stream → position in the file
+        self._shift = starts - self._bounds[:-1]  # position in the stream → position in the file
         self._order = None if seed is None else lru_cache(maxsize=2)(partial(permutation, len(self), seed))
 
     def __len__(self) -> int:

@@ -90,7 +90,7 @@ class Text:
             for reason, names in listing.bad.items():
                 raise _refusal(names[0], reason)
         packed, origin = self._packed(listing, tokenizer)
-        words = packed.hashes.view(">u8").astype(np.uint64)    # documents × 2
+        words = packed.hashes.view(">u8").astype(np.uint64)  # documents × 2
         order = np.lexsort((words[:, 1], words[:, 0]))
         kept = _held_out(words[order, 0], self.held_out)
         identity = hashlib.blake2b(f"{tokenizer.name} {float(self.held_out)!r} ".encode(), digest_size=HASH)
@@ -127,7 +127,7 @@ class Text:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             with _lock(target) as alone:
-                packed, fault = _open(target)    # another rank may have built it while this one waited
+                packed, fault = _open(target)  # another rank may have built it while this one waited
                 if packed:
                     return packed, f"tokens reused from {target}"
                 started = time.monotonic()
@@ -144,7 +144,7 @@ class Text:
     def _write(self, target: Path, listing: "_Listing", tokenizer: Tokenizer, alone: bool) -> None:
         """Tokenize into a temporary file and rename it: a reader, or a kill, meets the whole file or none."""
         if alone:
-            for left in target.parent.glob(f"{target.stem}.*.partial"):    # of a process killed while it built
+            for left in target.parent.glob(f"{target.stem}.*.partial"):  # of a process killed while it built
                 left.unlink(missing_ok=True)
         partial = target.with_suffix(f".{secrets.token_hex(8)}.partial")
         try:
@@ -181,7 +181,7 @@ def _list(paths: tuple[str, ...], suffixes: tuple[str, ...]) -> _Listing:
     found: set[str] = set()
     for i, given in enumerate(paths):
         names = _expand(i, given, suffixes, listing.bad)
-        found.update(os.path.abspath(name) for name in names)    # noqa: PTH100 (a link keeps its own name)
+        found.update(os.path.abspath(name) for name in names)  # noqa: PTH100 (a link keeps its own name)
     for name in sorted(found):
         try:
             status = Path(name).stat()
@@ -190,7 +190,7 @@ def _list(paths: tuple[str, ...], suffixes: tuple[str, ...]) -> _Listing:
             continue
         if stat.S_ISREG(status.st_mode):
             listing.files.append((name, status.st_size, status.st_mtime_ns))
-        else:    # opening a pipe would wait for ever
+        else:  # opening a pipe would wait for ever
             listing.bad.setdefault("not a regular file", []).append(name)
     return listing
 
@@ -200,8 +200,8 @@ def _expand(i: int, given: str, suffixes: tuple[str, ...], bad: dict[str, list[s
         yield from _walk(sysconfig.get_path("stdlib"), (".py",), {"site-packages", "dist-packages", "__pycache__"}, bad)
         return
     # Not by Path: its globs refuse absolute patterns, and its exists() raises where a parent folder is forbidden.
-    path = os.path.expanduser(given)    # noqa: PTH111
-    matches = [path] if os.path.exists(path) else glob.glob(path, recursive=True)    # noqa: PTH110, PTH207
+    path = os.path.expanduser(given)  # noqa: PTH111
+    matches = [path] if os.path.exists(path) else glob.glob(path, recursive=True)  # noqa: PTH110, PTH207
     if not matches:
         fault = "matches no file" if glob.has_magic(path) else "no such file or folder"
         raise ValueError(f"data.paths[{i}]={given!r}: {fault}, seen from {Path.cwd()}; mend the path or remove it")
@@ -221,7 +221,7 @@ def _walk(root: str, suffixes: tuple[str, ...], without: set[str], bad: dict[str
         yield from (f"{folder}/{name}" for name in names if name.endswith(suffixes))
 
 
-class _NoDocument(Exception):    # noqa: N818 (a finding, caught in this file)
+class _NoDocument(Exception):  # noqa: N818 (a finding, caught in this file)
     """A file that is no document."""
 
 
@@ -305,7 +305,7 @@ def _lock(target: Path) -> Iterator[bool]:
         alone = True
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:    # the rename still keeps the cache whole; ranks may do the same work twice
+        except OSError:  # the rename still keeps the cache whole; ranks may do the same work twice
             alone = False
         yield alone
 

@@ -69,10 +69,10 @@ class AdamwState:
     def _fused(self, names: list[str], rate: float, decay: float, inverse: Tensor, skip: Tensor) -> None:
         names = [n for n in names if self.weights[n].grad is not None and local(self.weights[n]).numel()]
         if not names:
-            return    # a rank may hold no part of any small weight
+            return  # a rank may hold no part of any small weight
         torch._fused_adamw_(
             [local(self.weights[n]) for n in names],
-            [local(self.weights[n].grad) for n in names],    # type: ignore[arg-type]
+            [local(self.weights[n].grad) for n in names],  # type: ignore[arg-type]
             [local(self.first[n]) for n in names],
             [local(self.second[n]) for n in names],
             [],

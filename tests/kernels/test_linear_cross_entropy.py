@@ -18,7 +18,9 @@ def inputs(tokens: int, vocabulary: int, dtype: torch.dtype, device: str = "cpu"
 
 
 @pytest.mark.parametrize("tokens", [1, 63, 1000])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4), (torch.bfloat16, 2e-2)]
+)
 @pytest.mark.parametrize("chunk", [7, 4096])
 def test_equals_reference(
     tokens: int, dtype: torch.dtype, tolerance: float, chunk: int, monkeypatch: pytest.MonkeyPatch

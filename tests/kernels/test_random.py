@@ -41,9 +41,9 @@ def test_numbers_have_the_right_moments_and_no_correlation() -> None:
     for other in (normal(index, key(1, "a")), normal(index, key(0, "b")), normal(index + 1, key(0, "a"))):
         assert abs((drawn * other).mean()) < 5e-3
     flat = uniform(index, key(0, "c"))
-    assert 0 < flat.min() and flat.max() <= 1
+    assert flat.min() > 0 and flat.max() <= 1
     counts = torch.histc(flat, 256, 0, 1)
-    assert ((counts - 4096) ** 2 / 4096).sum() < 400    # chi-squared of 255 degrees: 400 is beyond 1 in 10^8
+    assert ((counts - 4096) ** 2 / 4096).sum() < 400  # chi-squared of 255 degrees: 400 is beyond 1 in 10^8
 
 
 def test_both_words_of_index_and_key_count() -> None:

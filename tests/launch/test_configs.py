@@ -33,4 +33,4 @@ def test_dry_run_prints_the_plan_and_starts_nothing(tmp_path: Path) -> None:
 
 def test_the_llama_1b_configuration_has_its_size() -> None:
     run = runs.decode(config.read(next(p for p in CONFIGS if p.stem == "llama_1b"), ["launch.ranks=1"]))
-    assert "1,235,814,400" in runs.plan_of(run)[0]    # the published Llama-3.2-1B
+    assert "1,235,814,400" in runs.plan_of(run)[0]  # the published Llama-3.2-1B

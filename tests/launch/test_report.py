@@ -61,7 +61,7 @@ def train(step: int, **changes: float | None) -> Line:
     line: Line = {
         "step": step, "loss": 5.0 / step, "grad_norm": 1.0 + step % 3, "rate": 1e-3, "tokens": 1000 * step,
         "tokens_per_second": 10.0 if step == 1 else 2000.0, "step_seconds": 0.5, "mfu": 0.4, "memory_gb": 2.0,
-    }    # fmt: skip
+    }  # fmt: skip
     return {**line, **changes}
 
 
@@ -89,10 +89,10 @@ def test_every_recorded_key_has_its_curve_and_its_numbers(tmp_path: Path) -> Non
     points = {key: curve["data-points"].split() for key, curve in zip(page.figures(), page.curves(), strict=True)}
     assert points["loss"][0] == "1,5" and len(points["loss"]) == 30
     assert points["eval_loss"] == ["10,3.25", "20,2.75"]
-    assert points["mfu"][3] == "4,40"    # per cent
+    assert points["mfu"][3] == "4,40"  # per cent
     for expected in ("alpha", "failed", "76", "the loss is not finite", "30", "0.1667", "2.7500", "2,000", "15.0 s"):
         assert expected in page.words, expected
-    assert "30 K" in page.words    # tokens
+    assert "30 K" in page.words  # tokens
 
 
 def test_the_page_needs_nothing_from_outside(tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_several_runs_share_charts_and_keep_their_colours(tmp_path: Path) -> Non
     curves = page.curves()
     assert len(curves) == 9 * len(page.figures())
     looks = {curve["data-name"]: curve["class"] for curve in curves}
-    assert list(looks) == [str(folder) for folder in runs]    # equal names give way to paths
+    assert list(looks) == [str(folder) for folder in runs]  # equal names give way to paths
     assert len(set(looks.values())) == 9
 
 
@@ -126,9 +126,9 @@ def test_a_restart_is_marked_and_what_it_undid_is_not_drawn(tmp_path: Path) -> N
     page = Page(report([run(tmp_path / "a", first, [train(6, loss=1.0), train(7, loss=1.0)])]))
     (loss,) = [curve for curve, key in zip(page.curves(), page.figures(), strict=True) if key == "loss"]
     assert loss["data-points"] == "1,9 2,9 3,9 4,9 5,9 6,1 7,1"
-    assert page.of_class("mark") == 2    # one in the chart, one in the legend
+    assert page.of_class("mark") == 2  # one in the chart, one in the legend
     assert "a: attempt 1 begins at step 6" in page.words
-    assert "6.0 s" in page.words    # twelve steps of half a second were done in all
+    assert "6.0 s" in page.words  # twelve steps of half a second were done in all
 
 
 def test_what_is_not_finite_is_a_gap_with_a_mark(tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_what_is_not_finite_is_a_gap_with_a_mark(tmp_path: Path) -> None:
     loss = page.curves()[0]
     assert [pair.split(",")[0] for pair in loss["data-points"].split()] == ["1", "2", "5"]
     assert loss["d"].count("M") == 2 and "nan" not in loss["d"] and "inf" not in loss["d"]
-    assert page.of_class("broken") == 3 + 1    # and the legend
+    assert page.of_class("broken") == 3 + 1  # and the legend
     assert "a: nan at step 3" in page.words
 
 

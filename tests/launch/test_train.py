@@ -105,15 +105,32 @@ def test_train_resume_verify_report(config: Path) -> None:
     said = finished(launch(config))
     folder = config.parent / "runs" / "tiny"
     assert "step     30  loss" in said and "sample: def" in said and "run folder: runs/tiny" in said
-    assert status(folder) == {"state": "done", "exit_code": 0, "step": 30, "reason": status(folder)["reason"], "attempt": 1}
+    assert status(folder) == {
+        "state": "done",
+        "exit_code": 0,
+        "step": 30,
+        "reason": status(folder)["reason"],
+        "attempt": 1,
+    }
     lines = metrics.read(folder)
-    keys = {"step", "loss", "grad_norm", "rate", "tokens", "tokens_per_second", "step_seconds", "mfu", "memory_gb", "attempt"}
+    keys = {
+        "step",
+        "loss",
+        "grad_norm",
+        "rate",
+        "tokens",
+        "tokens_per_second",
+        "step_seconds",
+        "mfu",
+        "memory_gb",
+        "attempt",
+    }
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 31))
     assert all(set(line) == keys for line in lines if "loss" in line)
     assert [line["step"] for line in lines if "eval_loss" in line] == [10, 20, 30]
     assert (folder / "logs" / "rank-0.log").exists() and (folder / "logs" / "rank-1.log").exists()
 
-    said = finished(launch(config), code=2)    # never overwritten silently
+    said = finished(launch(config), code=2)  # never overwritten silently
     assert "name=tiny: the run" in said and "add --resume to go on with it, or name=another" in said
 
     said = finished(launch(config, "--resume", "optim.rate=0.5"), code=2)

@@ -36,7 +36,7 @@ def line(step: int) -> Line:
     return {
         "step": step, "loss": 3.5, "grad_norm": 1.0, "rate": 1e-3, "tokens": 10, "tokens_per_second": 12345.0,
         "step_seconds": 2.0, "mfu": 0.412, "memory_gb": 1.0,
-    }    # fmt: skip
+    }  # fmt: skip
 
 
 def test_a_pipe_gets_every_new_line_once_and_as_it_is(tmp_path: Path) -> None:
@@ -95,11 +95,11 @@ def test_a_terminal_shows_the_metrics_in_a_bar_and_other_lines_above(tmp_path: P
     assert tmp_path.name in shown and "80/200" in shown
     assert "loss 3.5000  12,345 tok/s  mfu 41.2%  held-out 3.2500  0:04:00 left" in shown
     assert shown.count("saved [red] a checkpoint") == 1
-    assert "norm 1.00" not in shown    # the worker's own metric line
+    assert "norm 1.00" not in shown  # the worker's own metric line
     view.say("launch: [b]restarting[/b]")
     view.close()
     assert "launch: [b]restarting[/b]" in terminal.getvalue()
-    assert terminal.getvalue().endswith("\x1b[?25h")    # the cursor is back
+    assert terminal.getvalue().endswith("\x1b[?25h")  # the cursor is back
 
 
 def test_a_torn_line_that_a_restart_cuts_away_costs_no_other(tmp_path: Path, terminal: Terminal) -> None:

@@ -129,7 +129,10 @@ def by_hand(model: DecoderModel, tokens: Tensor, mixer: Softmax) -> Tensor:
         h = norm(x, weights[f"layers.{i}.mixer_norm.weight"])
         q, k, v = ((h @ weights[f"layers.{i}.mixer.to_{n}.weight"].T).unflatten(-1, (-1, 4)) for n in "qkv")
         if mixer.qk_norm:
-            q, k = norm(q, weights[f"layers.{i}.mixer.norm_q.weight"]), norm(k, weights[f"layers.{i}.mixer.norm_k.weight"])
+            q, k = (
+                norm(q, weights[f"layers.{i}.mixer.norm_q.weight"]),
+                norm(k, weights[f"layers.{i}.mixer.norm_k.weight"]),
+            )
         if mixer.rope:
             q, k = turn(q), turn(k)
         k, v = (t.repeat_interleave(4 // t.shape[1], 1) for t in (k, v))
@@ -155,9 +158,11 @@ def by_hand(model: DecoderModel, tokens: Tensor, mixer: Softmax) -> Tensor:
 def test_equals_its_formula(name: str, tied: bool) -> None:
     model, given = build(MIXERS[name], tied, torch.float64), batch((13,))
     weights = list(model.parameters())
-    wanted = F.cross_entropy(by_hand(model, given.tokens[0], MIXERS[name]), given.labels[0], ignore_index=IGNORE, reduction="sum")
+    wanted = F.cross_entropy(
+        by_hand(model, given.tokens[0], MIXERS[name]), given.labels[0], ignore_index=IGNORE, reduction="sum"
+    )
     loss = model(given)
-    torch.testing.assert_close(loss, wanted, rtol=1e-6, atol=1e-6)    # angles are fp32 in both
+    torch.testing.assert_close(loss, wanted, rtol=1e-6, atol=1e-6)  # angles are fp32 in both
     for left, right in zip(torch.autograd.grad(loss, weights), torch.autograd.grad(wanted, weights), strict=True):
         torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-6)
 
@@ -172,7 +177,7 @@ def test_flops_are_what_torch_counts(name: str) -> None:
     assert model.flops((24,)) == products + 2 * (4 * pairs * 4 * 4)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(given)
-    assert counter.get_total_flops() == products    # attention is one op of ours, which torch does not count
+    assert counter.get_total_flops() == products  # attention is one op of ours, which torch does not count
     assert model.flops((12, 12)) < model.flops((24,))
 
 
@@ -205,10 +210,13 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_refused() -> None:
         (lambda: Swiglu(hidden=0), "hidden=0"),
         (lambda: Block(mixer=None, ffn=None), "does nothing"),
         (lambda: Block(repeat=0, mixer=FULL, ffn=None), "repeat=0"),
-        (lambda: Decoder(width=10, blocks=(Block(mixer=FULL, ffn=None),)), "blocks.0.mixer.heads=4: must divide width=10"),
+        (
+            lambda: Decoder(width=10, blocks=(Block(mixer=FULL, ffn=None),)),
+            "blocks.0.mixer.heads=4: must divide width=10",
+        ),
         (lambda: Rope(theta=1.0), "theta=1.0"),
     ],
 )
 def test_errors_name_place_value_and_way_out(make: object, message: str) -> None:
     with pytest.raises(ValueError, match=message.replace(".", r"\.")):
-        make()    # type: ignore[operator]
+        make()  # type: ignore[operator]

@@ -79,7 +79,13 @@ def probe(shards: list[int], micro: int, recompute: str = "none", compiled: bool
             built = model().build(VOCABULARY, Local())
         layers = list(built.layers)
         engine = Engine(
-            built, layers, initial(built), mesh, seed=3, recomputing=recompute, compiled=compiled    # type: ignore[arg-type]
+            built,
+            layers,
+            initial(built),
+            mesh,
+            seed=3,
+            recomputing=recompute,
+            compiled=compiled,  # type: ignore[arg-type]
         )
         optimizer = Adamw(rate=1e-2).build(engine.weights)
         work = batches(mesh.index("dp"), world, micro)

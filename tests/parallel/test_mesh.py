@@ -32,7 +32,9 @@ def test_all_views_cover_the_same_ranks(world: int) -> None:
             assert sorted(view.flatten().tolist()) == list(range(world))
         dense = torch.arange(world).view(sizes.view(DENSE))
         expert = torch.arange(world).view(sizes.view(EXPERT))
-        assert torch.equal(dense.flatten(1), expert.flatten(1)), "pipeline stages must hold the same ranks in both views"
+        assert torch.equal(dense.flatten(1), expert.flatten(1)), (
+            "pipeline stages must hold the same ranks in both views"
+        )
         weights = torch.arange(world).view(sizes.view(WEIGHTS))
         assert torch.equal(dense.flatten(1, 2), weights.flatten(1, 2)), "copies split dp·cp and nothing else"
 
@@ -60,7 +62,7 @@ def test_auto_takes_what_is_left() -> None:
 def groups_of() -> dict[str, list[int]]:
     sizes = Sizes(pp=1, dp=2, cp=1, tp=2, ep=2, etp=1, shard=2)
     mesh = Mesh(sizes, torch.device("cpu"), dist.new_group(backend="gloo"))
-    named = {**{a: mesh.dense for a in DENSE}, **{a: mesh.expert for a in ("edp", "ep")}}
+    named = {**dict.fromkeys(DENSE, mesh.dense), **dict.fromkeys(("edp", "ep"), mesh.expert)}
     found = {axis: dist.get_process_group_ranks(view.get_group(axis)) for axis, view in named.items()}
     one = torch.ones(1) * mesh.rank
     dist.all_reduce(one, group=mesh.dense.get_group("tp"))

@@ -41,7 +41,7 @@ def save(root: str, seeds: list[int], keep: int = 2, asynchronous: bool = False)
         if asynchronous:
             saver.start(seed, tensors, {"format": 1, "note": seed})
             saver.staged()
-            for tensor in tensors.values():    # after staging the training may change what was saved
+            for tensor in tensors.values():  # after staging the training may change what was saved
                 (tensor.to_local() if isinstance(tensor, DTensor) else tensor).fill_(torch.nan)
             saver.finish()
             stood &= not saver.failures
@@ -151,7 +151,7 @@ def test_damage_is_named(copy: Path, damage: Any) -> None:
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(ranks: Any, copy: Path) -> None:
     damage_truncate(folder_of(copy, 3))
-    (copy / "step-00000004.tmp").mkdir()    # what a kill in mid-save leaves
+    (copy / "step-00000004.tmp").mkdir()  # what a kill in mid-save leaves
     for told in ranks(2, restore, root=str(copy)):
         assert told["step"] == 2
         same(told["state"], wanted(2))
@@ -171,7 +171,7 @@ def fail_then_save(root: str) -> dict[str, Any]:
             raise OSError("no space left on device")
         return real(self, plan, planner)
 
-    checkpoint._Writer.write_data = broken    # type: ignore[method-assign]
+    checkpoint._Writer.write_data = broken  # type: ignore[method-assign]
     stood = saver.save(1, state(1), {"format": 1})
     left[0] = 99
     fell = saver.save(2, state(2), {"format": 1})
@@ -182,6 +182,29 @@ def test_a_failed_save_is_said_and_tried_again_and_kills_nothing(ranks: Any, tmp
     for told in ranks(2, fail_then_save, root=str(tmp_path / "c")):
         assert told["stood"] and not told["fell"] and told["latest"] == 1
         assert sum(line.startswith("warning") for line in told["said"]) == 2 + 3
+
+
+def fail_to_stage(root: str) -> dict[str, Any]:
+    said: list[str] = []
+    saver = Saver(Path(root), 2, dist.new_group(backend="gloo"), said.append)
+    saver.start(1, state(1), {"format": 1})
+    saver.finish()
+    assert saver._stager is not None
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no memory to pin")
+
+    saver._stager._state_dict_stager.stage = broken  # type: ignore[method-assign]
+    saver.start(2, state(2), {"format": 1})
+    saver.staged()
+    saver.finish()
+    saver.close()
+    return {"said": said, "failed": saver.failed}
+
+
+def test_a_copy_that_fails_is_a_save_that_fails(ranks: Any, tmp_path: Path) -> None:
+    told = ranks(1, fail_to_stage, root=str(tmp_path / "c"))[0]
+    assert told["failed"] and "no memory to pin" in told["said"][-1]
 
 
 def misfit(root: str) -> str:

@@ -79,7 +79,9 @@ def test_a_whole_number_is_an_integer_however_it_is_written(tmp_path: Path, writ
 
 def test_overrides_reach_into_lists_and_new_branches(tmp_path: Path) -> None:
     text = BASE + "parts: [{repeat: 2}, {repeat: 3}]\n"
-    found = job(tmp_path, text, "parts[1].repeat=9", "parts.0.choice.kind=ulysses", "parts.0.choice.groups=7", "flag=true")
+    found = job(
+        tmp_path, text, "parts[1].repeat=9", "parts.0.choice.kind=ulysses", "parts.0.choice.groups=7", "flag=true"
+    )
     assert found.parts == (Part(repeat=2, choice=Ulysses(groups=7)), Part(repeat=9)) and found.flag
 
 
@@ -91,7 +93,7 @@ def test_another_kind_drops_the_files_keys_and_says_so(tmp_path: Path) -> None:
 
 
 def test_keys_on_the_command_line_stay_strict(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="ring.chunks=2: unknown key"):
+    with pytest.raises(ConfigError, match=r"ring\.chunks=2: unknown key"):
         job(tmp_path, BASE + "ring: {kind: token_ring, chunks: 4}\n", "ring.kind=ulysses", "ring.chunks=2")
 
 
@@ -136,7 +138,7 @@ def test_errors_name_place_value_and_way_out(tmp_path: Path, override: str, mess
 def test_all_mistakes_are_named_together(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         job(tmp_path, "stpes: 3\nmode: medium\nring: {kind: x}\n")
-    assert len(caught.value.problems) == 5    # the three written, and two keys missing
+    assert len(caught.value.problems) == 5  # the three written, and two keys missing
 
 
 def test_a_file_that_is_missing_or_no_mapping(tmp_path: Path) -> None:

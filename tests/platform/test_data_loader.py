@@ -69,7 +69,7 @@ def assert_equal_steps(left: list[Batch], right: list[Batch]) -> None:
 @pytest.mark.parametrize(("workers", "prefetch"), [(1, 2), (3, 1)])
 def test_starting_later_equals_skipping_steps(workers: int, prefetch: int) -> None:
     rows = some_rows()
-    assert len(rows) < 40    # so that several epochs pass
+    assert len(rows) < 40  # so that several epochs pass
 
     def loader(start: int) -> Loader:
         sizes = {"batch": 6, "micro_batch": 2, "dp_rank": 1, "dp": 2}
@@ -108,7 +108,7 @@ def test_errors_in_threads_surface_and_close(monkeypatch: pytest.MonkeyPatch, er
     with pytest.raises(Exception, match=r"torn|input/output|StopIteration") as caught:
         next(loader)
     assert error in (caught.value, caught.value.__cause__)
-    assert not isinstance(caught.value, StopIteration)    # which would end a loop as if all were well
+    assert not isinstance(caught.value, StopIteration)  # which would end a loop as if all were well
     with pytest.raises(RuntimeError, match="closed"):
         next(loader)
 
@@ -124,7 +124,7 @@ def test_close_is_prompt_while_threads_are_busy(monkeypatch: pytest.MonkeyPatch)
         return read(self, numbers)
 
     monkeypatch.setattr(Rows, "batch", slow)
-    loader = Loader(rows, 0, batch=100, micro_batch=1, dp_rank=0, dp=1, pin=False, workers=2)    # 5 s a step
+    loader = Loader(rows, 0, batch=100, micro_batch=1, dp_rank=0, dp=1, pin=False, workers=2)  # 5 s a step
     assert reading.wait(5)
     started = time.monotonic()
     loader.close()

@@ -125,7 +125,7 @@ def test_permutations_are_bijections_of_their_own() -> None:
         assert np.array_equal(np.sort(order), np.arange(count))
     drawn = list(orders.values())
     same = [(a == b).sum() for i, a in enumerate(drawn) for b in drawn[:i]]
-    assert max(same) < 10    # two random permutations agree in about one place
+    assert max(same) < 10  # two random permutations agree in about one place
     assert permutation(8, 0, 0).tolist() == PINNED, "runs that resume would read other rows"
 
 

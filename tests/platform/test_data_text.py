@@ -130,7 +130,7 @@ def bad_files(root: Path) -> dict[str, str]:
     write(root, {"good.txt": b"good", "empty.txt": b"", "mark.txt": b"\xef\xbb\xbf", "latin.txt": b"caf\xe9 au lait"})
     write(root, {"cut.txt": "cut é".encode()[:-1]})
     (root / "gone.txt").symlink_to(root / "nowhere")
-    (root / "broken.txt").symlink_to("/proc/self/mem")    # opens, and cannot be read, even by root
+    (root / "broken.txt").symlink_to("/proc/self/mem")  # opens, and cannot be read, even by root
     os.mkfifo(root / "pipe.txt")
     return {
         "empty.txt": "empty",
@@ -191,7 +191,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, monkeypatch: pytes
     tracemalloc.start()
     try:
         build(root, tmp_path / "cache")
-        assert tracemalloc.get_traced_memory()[1] < 4 << 20    # of 16 MiB, and 32 of tokens
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20  # of 16 MiB, and 32 of tokens
     finally:
         tracemalloc.stop()
 
@@ -269,7 +269,7 @@ def test_ranks_build_once_and_a_kill_leaves_no_broken_cache(tmp_path: Path) -> N
     built = build(root, cache)
     assert fingerprints == {f"{built.fingerprint}\n"}
     assert "reused" in built.notes[-1]
-    assert len((cache / "built").read_text().split()) == 2    # the killed one, and one of the two ranks
+    assert len((cache / "built").read_text().split()) == 2  # the killed one, and one of the two ranks
     assert not list(cache.glob("*.partial"))
 
 
@@ -280,9 +280,9 @@ def spoil(path: Path, how: str) -> None:
         "cut": content[:-7],
         "longer": content + b"\0",
         "head lost": content[2:],
-        "index": content[:-100] + bytes([content[-100] ^ 1]) + content[-99:],    # in the last document's hash
+        "index": content[:-100] + bytes([content[-100] ^ 1]) + content[-99:],  # in the last document's hash
     }
-    path.unlink()    # those who have mapped the good file keep it
+    path.unlink()  # those who have mapped the good file keep it
     path.write_bytes(spoilt[how])
 
 
@@ -316,7 +316,7 @@ def test_the_cache_follows_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyP
     write(root, {"c.txt": b"three"})
     monkeypatch.setattr(text, "_pieces", forbidden)
     assert texts(build(root, cache).train) == {"1st", "two"}
-    monkeypatch.undo()    # nothing in size or mtime tells that it became readable
+    monkeypatch.undo()  # nothing in size or mtime tells that it became readable
     again = build(root, cache)
     assert texts(again.train) == {"1st", "two", "three"} and "can be read now" in again.notes[-1]
     shutil.rmtree(cache)

@@ -73,7 +73,7 @@ def test_wherever_a_crash_tears_the_file_whole_lines_survive_and_writing_goes_on
     first = content.index(b"\n") + 1
     for cut in range(len(content) + 1):
         (tmp_path / FILE).write_bytes(content[:cut])
-        survivors = (cut >= first - 1) + (cut >= len(content) - 1)    # the end of a line may be missing, nothing else
+        survivors = (cut >= first - 1) + (cut >= len(content) - 1)  # the end of a line may be missing, nothing else
         assert len(read(tmp_path)) == survivors
         again = Journal(tmp_path, 1)
         assert (again.note is None) == (cut in (0, first, len(content)))
@@ -96,16 +96,23 @@ def test_a_damaged_line_amid_others_is_an_error_with_its_place(tmp_path: Path) -
     (tmp_path / FILE).write_bytes(b'{"step": 1, "attempt": 4}\n\xff\xfe\n{"step": 3, "attempt": 4}\n')
     with pytest.raises(ValueError, match=r"metrics.jsonl, line 2: .*xff.*delete that line"):
         read(tmp_path)
-    assert next_attempt(tmp_path) == 5    # a restart must not die of it
+    assert next_attempt(tmp_path) == 5  # a restart must not die of it
 
 
 def test_three_attempts_make_one_history(tmp_path: Path) -> None:
     journal(tmp_path, 0, *(train(s, 0.0) for s in range(1, 11)), held_out(4, 0.0), held_out(8, 0.0))
-    journal(tmp_path, 1, *(train(s, 1.0) for s in range(6, 10)), held_out(8, 1.0))    # resumed from step 5
-    journal(tmp_path, 2, train(8, 2.0))    # resumed from step 7, and has not come to step 9 yet
+    journal(tmp_path, 1, *(train(s, 1.0) for s in range(6, 10)), held_out(8, 1.0))  # resumed from step 5
+    journal(tmp_path, 2, train(8, 2.0))  # resumed from step 7, and has not come to step 9 yet
     lines = latest(read(tmp_path))
     assert {line["step"]: line["loss"] for line in lines if "loss" in line} == {
-        1: 0.0, 2: 0.0, 3: 0.0, 4: 0.0, 5: 0.0, 6: 1.0, 7: 1.0, 8: 2.0,
+        1: 0.0,
+        2: 0.0,
+        3: 0.0,
+        4: 0.0,
+        5: 0.0,
+        6: 1.0,
+        7: 1.0,
+        8: 2.0,
     }
     assert [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line] == [(4, 0.0)]
     assert [line["step"] for line in lines] == sorted(int(line["step"] or 0) for line in lines)
@@ -120,7 +127,7 @@ def test_going_back_twice_drops_what_the_middle_attempt_did(tmp_path: Path) -> N
 
 def test_an_evaluation_at_the_start_of_an_attempt_supersedes_no_training_of_its_step(tmp_path: Path) -> None:
     journal(tmp_path, 0, train(1), train(2), held_out(2, 9.0), train(3))
-    journal(tmp_path, 1, held_out(2, 5.0))    # resumed from step 2, evaluates first
+    journal(tmp_path, 1, held_out(2, 5.0))  # resumed from step 2, evaluates first
     assert latest(read(tmp_path)) == [
         {"step": 1, "loss": 1.0, "attempt": 0},
         {"step": 2, "loss": 1.0, "attempt": 0},
@@ -138,10 +145,22 @@ def test_next_attempt_counts_from_the_file(tmp_path: Path) -> None:
 
 
 def test_plain_lines() -> None:
-    assert plain(
-        {"step": 20, "loss": 3.21539, "grad_norm": 1.234, "rate": 2e-3, "tokens": 5, "tokens_per_second": 12345.4,
-         "step_seconds": 0.5, "mfu": None, "memory_gb": 1.25}
-    ) == "step     20  loss 3.2154  norm 1.23  rate 2.0e-03  12,345 tok/s  1.2 GB"
+    assert (
+        plain(
+            {
+                "step": 20,
+                "loss": 3.21539,
+                "grad_norm": 1.234,
+                "rate": 2e-3,
+                "tokens": 5,
+                "tokens_per_second": 12345.4,
+                "step_seconds": 0.5,
+                "mfu": None,
+                "memory_gb": 1.25,
+            }
+        )
+        == "step     20  loss 3.2154  norm 1.23  rate 2.0e-03  12,345 tok/s  1.2 GB"
+    )
     assert plain({"step": 20, "loss": math.nan, "mfu": 0.412}) == "step     20  loss nan  mfu 41.2%"
     assert plain(held_out(1200, 2.5)) == "step   1200  held-out loss 2.5000"
 

@@ -1,5 +1,6 @@
 """Schedules rise, hold and fall where they say."""
 
+from itertools import pairwise
 from math import isclose
 
 import pytest
@@ -7,17 +8,22 @@ import pytest
 from farspan.platform.schedule import Constant, Cosine, Linear, Schedule, Wsd
 
 
-@pytest.mark.parametrize("schedule", [Cosine(warmup=10, steps=100), Linear(warmup=10, steps=100), Constant(warmup=10), Wsd(warmup=10, steps=100)])
+@pytest.mark.parametrize(
+    "schedule",
+    [Cosine(warmup=10, steps=100), Linear(warmup=10, steps=100), Constant(warmup=10), Wsd(warmup=10, steps=100)],
+)
 def test_warm_up_is_a_line_to_the_peak(schedule: Schedule) -> None:
     assert [schedule.factor(step) for step in range(10)] == pytest.approx([(step + 1) / 10 for step in range(10)])
     assert schedule.factor(10) == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("schedule", [Cosine(steps=100, floor=0.2), Linear(steps=100, floor=0.2), Wsd(steps=100, floor=0.2)])
+@pytest.mark.parametrize(
+    "schedule", [Cosine(steps=100, floor=0.2), Linear(steps=100, floor=0.2), Wsd(steps=100, floor=0.2)]
+)
 def test_the_end_is_the_floor_and_stays(schedule: Schedule) -> None:
     assert schedule.factor(100) == pytest.approx(0.2) and schedule.factor(1000) == pytest.approx(0.2)
     factors = [schedule.factor(step) for step in range(101)]
-    assert all(later <= earlier for earlier, later in zip(factors, factors[1:], strict=False))
+    assert all(later <= earlier for earlier, later in pairwise(factors))
 
 
 def test_shapes_at_their_middle() -> None:
@@ -40,4 +46,4 @@ def test_shapes_at_their_middle() -> None:
 )
 def test_errors(make: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        make()    # type: ignore[operator]
+        make()  # type: ignore[operator]

@@ -119,7 +119,7 @@ def seen(folder: str, corpus: str, steps: int, micro: int) -> dict[str, Any]:
         tokens.append([row for batch in batches for row in batch.tokens.tolist()])
         return real(batches, labels)
 
-    session.trainer.engine.forward_backward = spy    # type: ignore[method-assign,assignment]
+    session.trainer.engine.forward_backward = spy  # type: ignore[method-assign,assignment]
     return {**session.run(), "tokens": tokens}
 
 
@@ -133,7 +133,7 @@ def test_resume_on_other_ranks_sees_the_same_batches(ranks: Any, corpus: Path, t
     ]
     steps = [[row for rank in part for row in rank["tokens"][i]] for part in parts for i in range(4)]
     assert steps == straight["tokens"]
-    for left, right in zip(numbers(tmp_path / "one"), [n for n in numbers(tmp_path / "many")], strict=False):
+    for left, right in zip(numbers(tmp_path / "one"), numbers(tmp_path / "many"), strict=False):
         if left[1] is not None and right[0] == left[0]:
             assert left[1] == pytest.approx(right[1], rel=1e-4)
     for name, weight in straight["weights"].items():
@@ -154,8 +154,8 @@ def poisoned(folder: str, corpus: str, policy: str) -> dict[str, Any]:
         real_step(work)
         after.append({n: whole(w) for n, w in trainer.engine.weights.items()})
 
-    trainer.engine.forward_backward = forward_backward    # type: ignore[method-assign,assignment]
-    trainer.step = step    # type: ignore[method-assign]
+    trainer.engine.forward_backward = forward_backward  # type: ignore[method-assign,assignment]
+    trainer.step = step  # type: ignore[method-assign]
     return {**session.run(), "after": after, "latest": (Path(folder) / "checkpoints" / "LATEST").read_text()}
 
 
@@ -209,7 +209,7 @@ def failing_disk(folder: str, corpus: str) -> dict[str, Any]:
         else:
             real()
 
-    saver.finish = finish    # type: ignore[method-assign]
+    saver.finish = finish  # type: ignore[method-assign]
     return session.run()
 
 
