@@ -100,7 +100,7 @@ def _train(folder: Path, ears: Ears, step: list[int | None]) -> tuple[Exit, str]
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    prepare(run.job, device)
+    prepare(run.job)
 
     def say(text: str) -> None:
         if rank == 0:

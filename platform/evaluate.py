@@ -1,5 +1,7 @@
 """Held-out loss and sampled text: what the model knows, and what it says."""
 
+from dataclasses import replace
+
 import torch
 import torch.distributed as dist
 
@@ -12,8 +14,6 @@ from farspan.platform.data.tokenizer import Tokenizer
 
 def held_out_loss(engine: Engine, rows: Rows, limit: int, micro_batch: int) -> float:
     """Mean loss in nats over the labels of the first `limit` held-out rows; every rank reads its share."""
-    from dataclasses import replace
-
     mesh = engine.mesh
     dp, rank = mesh.sizes.dp, mesh.index("dp")
     total = torch.zeros(2, dtype=torch.float64)

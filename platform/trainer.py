@@ -308,10 +308,8 @@ def _sinks(metrics: Metrics, folder: Path, config: Mapping[str, Any]) -> list[Si
     return [WandbSink(folder, metrics.wandb, config)]
 
 
-def prepare(job: Job, device: torch.device) -> None:
-    """Settings of the whole process that a job asks for; before the first tensor on `device`."""
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
+def prepare(job: Job) -> None:
+    """Settings of the whole process that a job asks for; before the first product on a GPU."""
     if job.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
