@@ -60,7 +60,7 @@ class DecoderModel(nn.Module):
         self.layers = nn.ModuleList(block.build(width, depth, eps, context) for block in runs)
         self.norm = RMSNorm(width, eps)
         self.head = None if config.tied else nn.Linear(width, vocabulary, bias=False)
-        self.rotations = [(b.mixer.rope, b.mixer.key_dim(width)) if b.mixer and b.mixer.rope else None for b in runs]
+        self.rotations = [block.mixer.rotation(width) if block.mixer else None for block in runs]
 
     def initial(self) -> dict[str, Normal]:
         std = self.embed.embedding_dim**-0.5

@@ -49,6 +49,10 @@ class Softmax:
     def key_dim(self, width: int) -> int:
         return self.head_dim or width // self.heads
 
+    def rotation(self, width: int) -> tuple[Rope, int] | None:
+        """The rotary embedding that this mixer wants angles of, and for how many channels."""
+        return None if self.rope is None else (self.rope, self.key_dim(width))
+
     def problems(self, width: int) -> list[str]:
         """What keeps this attention from a model of `width`."""
         if self.head_dim is None and width % self.heads:

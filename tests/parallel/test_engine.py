@@ -144,17 +144,22 @@ def test_ranks_equal_one_rank(ranks: Any, one_rank: dict[str, Any], world: int, 
             same(found, one_rank)
 
 
-def test_recomputation_and_compilation_change_nothing(ranks: Any, one_rank: dict[str, Any]) -> None:
+def test_recomputation_changes_nothing(ranks: Any, one_rank: dict[str, Any]) -> None:
     same(ranks(1, probe, shards=[1], micro=2, recompute="block")[0][0], one_rank)
 
 
-@pytest.mark.parametrize("value", [0.0])
-def test_a_step_of_scale_zero_changes_nothing(value: float, tmp_path: Any) -> None:
+@pytest.mark.laws
+@pytest.mark.parametrize("recompute", ["none", "block"])
+def test_compilation_changes_nothing(ranks: Any, one_rank: dict[str, Any], recompute: str) -> None:
+    same(ranks(2, probe, shards=[2], micro=3, recompute=recompute, compiled=True)[0][0], one_rank)
+
+
+def test_a_step_of_scale_zero_changes_nothing() -> None:
     weight = torch.nn.Parameter(torch.randn(5, 3))
     optimizer = Adamw(rate=0.1).build({"w": weight})
     weight.grad = torch.full((5, 3), torch.nan)
     before = weight.detach().clone()
-    optimizer.update(0.1, torch.tensor(value))
+    optimizer.update(0.1, torch.tensor(0.0))
     assert torch.equal(weight, before)
     assert all(torch.equal(tensor, torch.zeros_like(tensor)) for tensor in optimizer.state().values())
 
