@@ -65,12 +65,21 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     return run
 
 
+@pytest.fixture(scope="session")
+def write_corpus() -> Callable[[Path], Path]:
+    """`write_corpus(folder)` makes folder/corpus: small documents that a byte model can learn from."""
+
+    def write(inside: Path) -> Path:
+        folder = inside / "corpus"
+        folder.mkdir()
+        for i in range(40):
+            lines = [f"def f{i}_{j}(x):\n    return x + {i * j}\n" for j in range(1 + i % 7)]
+            (folder / f"{i:02d}.py").write_text("".join(lines))
+        return folder
+
+    return write
+
+
 @pytest.fixture
-def corpus(tmp_path: Path) -> Path:
-    """A folder of small documents of uneven lengths that a byte model can learn something from."""
-    folder = tmp_path / "corpus"
-    folder.mkdir()
-    for i in range(40):
-        lines = [f"def f{i}_{j}(x):\n    return x + {i * j}\n" for j in range(1 + i % 7)]
-        (folder / f"{i:02d}.py").write_text("".join(lines))
-    return folder
+def corpus(tmp_path: Path, write_corpus: Callable[[Path], Path]) -> Path:
+    return write_corpus(tmp_path)

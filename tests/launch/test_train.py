@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from farspan.launch import cli
 from farspan.platform import metrics
 
 CONFIG = """
@@ -21,7 +23,7 @@ model:
   width: 16
   tied: true
   blocks: [{repeat: 1, mixer: {kind: softmax, heads: 2}, ffn: {kind: swiglu, hidden: 24}}]
-data: {kind: text, paths: [CORPUS], sequence_length: 48, held_out: 0.2, cache: CACHE}
+data: {kind: text, paths: [corpus], sequence_length: 48, held_out: 0.2, cache: cache}
 train: {steps: 30, batch: 4, evaluate: {every: 10, rows: 4}, sample: {prompt: "def", tokens: 4}}
 optim: {kind: adamw, rate: 1e-2}
 schedule: {kind: cosine, warmup: 2}
@@ -33,9 +35,18 @@ launch: {kind: local, ranks: 2, device: cpu}
 
 @pytest.fixture
 def config(tmp_path: Path, corpus: Path) -> Path:
-    path = tmp_path / "tiny.yaml"
-    path.write_text(CONFIG.replace("CORPUS", str(corpus)).replace("CACHE", str(tmp_path / "cache")))
-    return path
+    (tmp_path / "tiny.yaml").write_text(CONFIG)
+    return tmp_path / "tiny.yaml"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, write_corpus: Callable[[Path], Path]) -> Path:
+    """The run folder of the tiny job that nobody touched."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    write_corpus(folder)
+    (folder / "tiny.yaml").write_text(CONFIG)
+    finished(launch(folder / "tiny.yaml"))
+    return folder / "runs" / "tiny"
 
 
 def launch(config: Path, *arguments: str, command: str = "train", **started: Any) -> subprocess.Popen[str]:
@@ -155,16 +166,14 @@ def test_train_resume_verify_report(config: Path) -> None:
 
 
 @pytest.mark.parametrize("victim", ["rank-1", "rank-0"])
-def test_kill_9_of_a_rank_ends_with_the_same_metrics(config: Path, victim: str) -> None:
-    undisturbed = launch(config, "name=whole")
-    finished(undisturbed)
+def test_kill_9_of_a_rank_ends_with_the_same_metrics(config: Path, undisturbed: Path, victim: str) -> None:
     process = launch(config, "name=hurt")
     folder = config.parent / "runs" / "hurt"
     wait_for_step(folder, random.Random(time.time()).randint(6, 24))
     os.kill(rank_of(folder, int(victim[-1])), signal.SIGKILL)
     said = finished(process)
     assert "restart" in said
-    assert numbers(folder) == numbers(config.parent / "runs" / "whole")
+    assert numbers(folder) == numbers(undisturbed)
     assert {line["attempt"] for line in metrics.read(folder)} == {1, 2}
     assert not processes(str(folder))
 
@@ -205,14 +214,13 @@ def test_torchrun_is_a_launcher_too(config: Path) -> None:
     assert status(folder)["state"] == "done" and [n[0] for n in numbers(folder) if n[1] is not None] == [1, 2, 3, 4]
 
 
-def test_ray_runs_the_same_job_and_survives_a_kill(config: Path) -> None:
-    finished(launch(config, "name=whole"))
+def test_ray_runs_the_same_job_and_survives_a_kill(config: Path, undisturbed: Path) -> None:
     process = launch(config, "name=hurt", "launch.kind=ray", "launch.nodes=1")
     folder = config.parent / "runs" / "hurt"
     wait_for_step(folder, random.Random(time.time()).randint(6, 24))
     os.kill(rank_of(folder, 1), signal.SIGKILL)
     finished(process)
-    assert numbers(folder) == numbers(config.parent / "runs" / "whole")
+    assert numbers(folder) == numbers(undisturbed)
     assert status(folder)["state"] == "done" and not processes(str(folder))
 
 
@@ -222,7 +230,6 @@ def test_ray_runs_the_same_job_and_survives_a_kill(config: Path) -> None:
         (["train.stpes=3"], "train.stpes=3: unknown key; did you mean steps?"),
         (["train.batch=3"], "train.batch=3: must be a multiple of dp=2; try 4"),
         (["model.vocabulary=100"], "model.vocabulary=100: the tokenizer has 257 tokens"),
-        (["data.paths=[/no/such/folder]"], "/no/such/folder"),
         (["lanch.kind=ray"], "did you mean launch?"),
         (["model.blocks.0.mixer.heads=3"], "heads=3: must divide width=16"),
         (["parallel.tp=2"], "parallel.tp=2: this version trains with tp=1 only"),
@@ -232,6 +239,19 @@ def test_ray_runs_the_same_job_and_survives_a_kill(config: Path) -> None:
         (["--resume", "name=never"], "is no run"),
     ],
 )
-def test_mistakes_are_named_before_any_process_starts(config: Path, arguments: list[str], message: str) -> None:
-    said = finished(launch(config, *arguments), code=2)
-    assert message in said and "Traceback" not in said
+def test_mistakes_are_named_before_any_process_starts(
+    config: Path,
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(config.parent)
+    assert cli.main(["train", "--config", str(config), *arguments]) == 2
+    said = capfd.readouterr().err
+    assert message in said and not (config.parent / "runs").exists()
+
+
+def test_a_missing_path_of_the_data_is_named(config: Path) -> None:
+    said = finished(launch(config, "data.paths=[/no/such/folder]"), code=2)
+    assert "data.paths[0]=/no/such/folder" in said.replace("'", "") and "Traceback" not in said
