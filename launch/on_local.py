@@ -50,19 +50,23 @@ class Placement:
 @dataclass(frozen=True, kw_only=True)
 class Local:
     """Run on this machine. `ranks`: processes, auto is one a GPU, else 1; `retries`: restarts without progress;
-    `threads`: of a rank, auto shares the cores; `timeout`: age in seconds at which a heartbeat is too old."""
+    `threads`: of a rank, auto shares the cores; `timeout`: age in seconds at which a heartbeat is too old;
+    `grace`: seconds that ranks get to save when they are stopped."""
 
     ranks: int | Literal["auto"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     retries: int = 3
     threads: int | Literal["auto"] = "auto"
     timeout: float = 600
+    grace: float = 120
 
     def __post_init__(self) -> None:
-        check(ranks=self.ranks, retries=self.retries, threads=self.threads, timeout=self.timeout)
+        check(ranks=self.ranks, retries=self.retries, threads=self.threads, timeout=self.timeout, grace=self.grace)
 
 
-def check(*, ranks: int | Literal["auto"], retries: int, threads: int | Literal["auto"], timeout: float) -> None:
+def check(
+    *, ranks: int | Literal["auto"], retries: int, threads: int | Literal["auto"], timeout: float, grace: float
+) -> None:
     """Raises ValueError for a launch setting that no machine can meet."""
     if ranks != "auto" and ranks < 1:
         raise ValueError(f"ranks={ranks}: a node needs at least one rank; give a number or auto")
@@ -70,6 +74,8 @@ def check(*, ranks: int | Literal["auto"], retries: int, threads: int | Literal[
         raise ValueError(f"retries={retries}: give 0 to never restart, or a positive number")
     if threads != "auto" and threads < 1:
         raise ValueError(f"threads={threads}: a rank needs at least one thread; give a number or auto")
+    if not grace > 0:
+        raise ValueError(f"grace={grace}: give the seconds that ranks get to save when they are stopped")
     if not timeout > 0:
         raise ValueError(f"timeout={timeout}: give the seconds after which a silent rank counts as hung")
 

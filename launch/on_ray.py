@@ -46,6 +46,7 @@ class Ray:
 
     `nodes` machines with `ranks` processes each (auto: one a GPU of this machine, else 1). `retries`: restarts without
     progress; `threads`: of a rank, auto shares the cores; `timeout`: age in seconds at which a heartbeat is too old;
+    `grace`: seconds that ranks get to save when they are stopped;
     `object_store_mb`: of a private Ray. The nodes of a joined cluster share the file system of the run folder.
     """
 
@@ -56,10 +57,11 @@ class Ray:
     retries: int = 3
     threads: int | Literal["auto"] = "auto"
     timeout: float = 600
+    grace: float = 120
     object_store_mb: int = 100
 
     def __post_init__(self) -> None:
-        check(ranks=self.ranks, retries=self.retries, threads=self.threads, timeout=self.timeout)
+        check(ranks=self.ranks, retries=self.retries, threads=self.threads, timeout=self.timeout, grace=self.grace)
         if self.nodes < 1:
             raise ValueError(f"nodes={self.nodes}: give at least one")
         if self.nodes > 1 and self.address is None:

@@ -49,6 +49,7 @@ def run(
                 retries=launch.retries,
                 threads=None if launch.threads == "auto" else launch.threads,
                 timeout=launch.timeout,
+                grace=launch.grace,
                 environment=handed_on(os.environ),
                 directory=str(Path.cwd()),
             )

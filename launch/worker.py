@@ -7,13 +7,15 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 
 from farspan.launch import pulse
 from farspan.launch.exit import Exit
+from farspan.platform.config import ConfigError
 
 if __name__ == "__mp_main__":
     logging.disable(logging.WARNING)  # the process that writes checkpoints imports this file again, and is talkative
@@ -52,11 +54,12 @@ def work(folder: Path, keep_status: bool = False) -> int:
     step: list[int | None] = [None]
     try:
         code, reason = _train(folder, ears, step)
-    except ValueError as error:  # a configuration that only showed itself wrong against data, model or checkpoint
-        _print_error(error)
+    except ConfigError as error:
+        print(f"error on rank {os.environ['RANK']}: {error}", file=sys.stderr)
         code, reason = Exit.CONFIG, str(error)
     except BaseException as error:  # DCP and gloo raise beyond Exception; whatever it is, the agent must hear of it
-        _print_error(error)
+        traceback.print_exception(error)
+        print(f"error on rank {os.environ['RANK']}: {error}", file=sys.stderr)
         code, reason = Exit.RETRY, f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
     pulse.farewell(code, step[0], reason)
     if keep_status:
@@ -75,10 +78,13 @@ def _status(folder: Path, state: str, code: int | None, step: int | None, reason
     pulse.publish(folder / "status.json", told)
 
 
-def _print_error(error: BaseException) -> None:
-    if not isinstance(error, ValueError):
-        traceback.print_exception(error)
-    print(f"error on rank {os.environ['RANK']}: {error}", file=sys.stderr, flush=True)
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """While a run is put together, a ValueError is the user's to mend: trying again would change nothing."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(str(error).splitlines()) from error
 
 
 def _train(folder: Path, ears: Ears, step: list[int | None]) -> tuple[Exit, str]:
@@ -95,7 +101,8 @@ def _train(folder: Path, ears: Ears, step: list[int | None]) -> tuple[Exit, str]
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=timedelta(minutes=10))
     dist.barrier(group=(control := dist.new_group(backend="gloo")))  # under torchrun, rank 0 writes the config first
-    run = runs.decode(config.read(folder / "config.yaml"), world=world)
+    with _refusing():
+        run = runs.decode(config.read(folder / "config.yaml"), world=world)
     cuda = runner.device(run.launch) == "cuda"
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
@@ -118,7 +125,8 @@ def _train(folder: Path, ears: Ears, step: list[int | None]) -> tuple[Exit, str]
         config=run.tree(),
         attempt=int(os.environ.get("FARSPAN_ATTEMPT", "0")),
     )
-    trainer = Trainer(run.job, Mesh(run.job.parallel.sizes(world), device, control), around)
+    with _refusing():
+        trainer = Trainer(run.job, Mesh(run.job.parallel.sizes(world), device, control), around)
     beat(trainer.state.step)
     outcome = trainer.run()
     step[0] = outcome.step
