@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,11 +36,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     report.add_argument("--out", type=Path, help="the page to write; default: report.html in the first folder")
     report.set_defaults(run=_report)
-    parsed = parser.parse_args(arguments)
+    parsed, rest = parser.parse_known_args(arguments)
+    if parsed.command == "train":  # argparse takes overrides in one place only, people write them anywhere
+        parsed.overrides += [word for word in rest if not word.startswith("-")]
+        rest = [word for word in rest if word.startswith("-")]
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return int(parsed.run(parsed))
+    except KeyboardInterrupt:
+        print("launch: stopped before the ranks were up; nothing to save", file=sys.stderr)
+        return int(Exit.PREEMPTED)
     except ValueError as error:  # ConfigError among them: said to a person, without a traceback
-        problems = str(error).splitlines()
+        problems = getattr(error, "problems", str(error).splitlines())
         print(f"launch: {len(problems)} problem{'s' * (len(problems) > 1)}", file=sys.stderr)
         for problem in problems:
             print(f"  {problem}", file=sys.stderr)
@@ -90,11 +99,12 @@ def _train(parsed: argparse.Namespace) -> int:
         return int(Exit.DONE)
     if world is not None:
         return _as_rank(run, folder, parsed.resume)
-    if parsed.resume:
-        run = runs.resume(run, folder)
-    else:
-        runs.start(run, folder)
-    return _launch(run, folder, lines)
+    with runs.held(folder, resume=parsed.resume):
+        if parsed.resume:
+            run = runs.resume(run, folder)
+        else:
+            runs.start(run, folder)
+        return _launch(run, folder, lines)
 
 
 def _shipped(path: Path) -> Path:
@@ -115,6 +125,7 @@ def _launch(run: "Run", folder: Path, lines: Sequence[str]) -> int:
     from farspan.launch.view import View
     from farspan.platform import checkpoint
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the supervisor listens, TERM is a Ctrl-C
     view = View(folder, run.job.train.steps)
     for line in lines:
         view.say(line)
@@ -141,13 +152,15 @@ def _as_rank(run: "Run", folder: Path, resume: bool) -> int:
     from farspan.launch import run as runs
     from farspan.launch import worker
 
-    first, again = os.environ["RANK"] == "0", os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    if first and not again:
-        if resume:
+    if os.environ["RANK"] != "0":
+        return worker.work(folder)
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    with runs.held(folder, resume=resume or again):
+        if resume and not again:
             runs.resume(run, folder)
-        else:
+        elif not again:
             runs.start(run, folder)
-    return worker.work(folder, keep_status=first)
+        return worker.work(folder, keep_status=True)
 
 
 def _worker(parsed: argparse.Namespace) -> int:

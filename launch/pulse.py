@@ -35,13 +35,15 @@ class Farewell:
 def beat(step: int) -> None:
     """Say that this rank lives and is at `step`; does nothing where no agent listens (plain torchrun, tests)."""
     if path := os.environ.get(HEARTBEAT):
-        publish(Path(path), {"step": step, "time": time.time()})
+        with contextlib.suppress(OSError):  # a full disk ends no training
+            publish(Path(path), {"step": step, "time": time.time()})
 
 
 def farewell(code: int, step: int | None, reason: str = "") -> None:
     """Say why this rank is about to end with `code`; does nothing where no agent listens."""
     if path := os.environ.get(FAREWELL):
-        publish(Path(path), {"code": int(code), "step": step, "reason": reason})
+        with contextlib.suppress(OSError):
+            publish(Path(path), {"code": int(code), "step": step, "reason": reason})
 
 
 def last_beat(path: Path) -> Beat | None:
@@ -64,8 +66,12 @@ def last_words(path: Path) -> Farewell | None:
 def publish(path: Path, message: Mapping[str, Any]) -> None:
     """Replace the JSON file at `path` at once, so that a reader sees the old message or the new one, never half."""
     draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    draft.write_text(json.dumps(message))
-    draft.replace(path)
+    try:
+        draft.write_text(json.dumps(message))
+        draft.replace(path)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise
 
 
 def read(path: Path) -> dict[str, Any]:

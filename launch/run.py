@@ -1,7 +1,11 @@
 """A run is a job, the machines it is launched on, and a folder that is never overwritten silently."""
 
 import difflib
-from collections.abc import Callable
+import fcntl
+import os
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +13,8 @@ from typing import Any
 from farspan.launch import runner
 from farspan.launch.pulse import read as read_json
 from farspan.launch.runner import Launch
-from farspan.platform import config
+from farspan.platform import config, metrics
+from farspan.platform.checkpoint import latest
 from farspan.platform.checkpoint import replace as write_whole
 from farspan.platform.config import ConfigError, Plain, Source
 from farspan.platform.job import Job
@@ -41,6 +46,14 @@ def decode(source: Source, notes: Callable[[str], None] = lambda _: None, world:
 
     `world`: the number of ranks where they run already; None: what the launch section will start.
     """
+    run = _decode(source, notes)
+    if problems := run.job.problems(world or runner.world(run.launch)):
+        raise ConfigError(problems)
+    return replace(run, job=_with_horizon(run.job))
+
+
+def _decode(source: Source, notes: Callable[[str], None] = lambda _: None) -> Run:
+    """Both halves, each right in itself."""
     problems: list[str] = []
     halves: dict[str, Any] = {}
     tree = dict(source.tree)
@@ -50,11 +63,9 @@ def decode(source: Source, notes: Callable[[str], None] = lambda _: None, world:
             halves[name] = config.decode(replace(source, tree=part), cls, notes)
         except ConfigError as error:
             problems += _with_launch(error.problems) if name == "job" else error.problems
-    if not problems:
-        problems = halves["job"].problems(world or runner.world(halves["launch"].launch))
     if problems:
         raise ConfigError(problems)
-    return Run(job=_with_horizon(halves["job"]), launch=halves["launch"].launch, raw=source.raw)
+    return Run(job=halves["job"], launch=halves["launch"].launch, raw=source.raw)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,10 +73,16 @@ class _Launched:
     launch: Launch
 
 
-def _with_launch(problems: tuple[str, ...]) -> list[str]:
-    """Adds the hint for a misspelt `launch`, which the job's own keys cannot give."""
-    near = [p for p in problems if difflib.get_close_matches(p.split("=")[0], ["launch"], n=1, cutoff=0.7)]
-    return [f"{p.split(': unknown key')[0]}: unknown key; did you mean launch?" if p in near else p for p in problems]
+def _with_launch(problems: Sequence[str]) -> list[str]:
+    """Makes unknown top-level keys aware of `launch`, which the job's own keys do not include."""
+    return [_hint(problem) if ": unknown key" in problem else problem for problem in problems]
+
+
+def _hint(problem: str) -> str:
+    place, _, _ = problem.partition(": unknown key")
+    if difflib.get_close_matches(place.split("=")[0], ["launch"], n=1, cutoff=0.7):
+        return f"{place}: unknown key; did you mean launch?"
+    return problem if "." in place.split("=")[0] else problem.replace("known here: ", "known here: launch, ")
 
 
 def _with_horizon(job: Job) -> Job:
@@ -80,24 +97,60 @@ def plan_of(run: Run, world: int | None = None) -> list[str]:
     return plan(run.job, world or runner.world(run.launch), runner.device(run.launch)).lines()
 
 
+@contextmanager
+def held(folder: Path, *, resume: bool) -> Iterator[None]:
+    """Keeps the run folder for this process alone; ConfigError when another one has it, or there is none to resume."""
+    if resume and not (folder / "config.yaml").exists():
+        raise ConfigError([f"--resume: {folder} is no run (it has no config.yaml); leave --resume out to start it"])
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        stream = (folder / ".lock").open("a+")
+    except OSError as error:
+        raise ConfigError(
+            [f"--runs: cannot write {folder} ({error.strerror}); give another folder or another name"]
+        ) from error
+    with stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            stream.seek(0)
+            owner = stream.read().strip()
+            raise ConfigError([f"{folder} is in use by process {owner}; wait for it or stop it"]) from error
+        except OSError:  # a file system without locks: then only care keeps two runs apart
+            pass
+        stream.truncate(0)
+        stream.write(f"{os.getpid()} on {socket.gethostname()}\n")
+        stream.flush()
+        yield
+
+
 def start(run: Run, folder: Path) -> None:
-    """Makes the folder of a new run; refuses one that exists."""
-    if (folder / "config.yaml").exists() or (folder.is_dir() and any(folder.iterdir())):
+    """Makes the folder of a new run; refuses one that holds anything but a start that never made a step."""
+    if _holds_anything(folder):
         status = read_json(folder / "status.json")
         state = f" ({status['state']}, step {status.get('step')})" if "state" in status else ""
-        raise ConfigError(
-            [f"name={run.job.name}: the run {folder} exists{state}; add --resume to go on with it, or name=another"]
-        )
-    (folder / "logs").mkdir(parents=True, exist_ok=True)
+        way = "add --resume to go on with it, or name=another"
+        if not (folder / "config.yaml").exists():
+            way = "it has no config.yaml; move it away, or take name=another"
+        raise ConfigError([f"name={run.job.name}: the run {folder} exists{state}; {way}"])
     write_whole(folder / "config.yaml", config.dump(run.tree()))
+    (folder / "logs").mkdir(exist_ok=True)
+
+
+def _holds_anything(folder: Path) -> bool:
+    """Whether a run has left something to lose: a line of metrics, a checkpoint, or what is not ours."""
+    ours = {".lock", "config.yaml", "status.json", "logs", "agents", "checkpoints", metrics.FILE}
+    if any(path.name not in ours for path in folder.iterdir()):
+        return True
+    checkpoints = folder / "checkpoints"
+    written = folder / metrics.FILE
+    return (checkpoints.is_dir() and any(checkpoints.iterdir())) or (written.exists() and written.stat().st_size > 0)
 
 
 def resume(run: Run, folder: Path) -> Run:
     """Goes on with the run in `folder` from its own configuration; `run` may change only what `MAY_CHANGE` names."""
     path = folder / "config.yaml"
-    if not path.exists():
-        raise ConfigError([f"--resume: {folder} is no run (it has no config.yaml); leave --resume out to start it"])
-    old = decode(config.read(path))
+    old = _decode(config.read(path))  # only to be compared: it need not fit today's ranks
     wanted = replace(run, job=_with_horizon_of(old.job, run))
     differences = _differences(config.encode(old.job), config.encode(wanted.job))
     refused = [d for d in differences if not any(d[0] == key or d[0].startswith(f"{key}.") for key in MAY_CHANGE)]
@@ -110,6 +163,9 @@ def resume(run: Run, folder: Path) -> Run:
                 for key, was, new in refused
             ]
         )
+    reached = latest(folder / "checkpoints") or 0
+    if wanted.job.train.steps < reached:
+        raise ConfigError([f"train.steps={wanted.job.train.steps}: the run is at step {reached}; give more steps"])
     write_whole(path, config.dump(wanted.tree()))
     return wanted
 

@@ -263,7 +263,10 @@ class Supervisor:
             "reason": outcome.reason if outcome else "",
             "attempt": self._attempt,
         }
-        publish(self._plan.folder / "status.json", status)
+        try:
+            publish(self._plan.folder / "status.json", status)
+        except OSError as error:  # a full disk: the exit code still tells
+            self._say(f"cannot write {self._plan.folder / 'status.json'} ({error}): {status}")
 
     def _tail(self, log: str | None) -> str:
         lines = tail(self._plan.folder / "logs" / log, self._attempt) if log else []

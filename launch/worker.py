@@ -35,11 +35,15 @@ class Ears:
 
     def __init__(self) -> None:
         self.asked = False
+        self.joined = False
+        """Whether all ranks have met: until then there is nothing to save and nobody to agree with."""
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._hear)
         faulthandler.register(signal.SIGUSR2)  # the agent asks a rank that hangs where it is
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
+        if not self.joined:
+            os._exit(Exit.PREEMPTED)
         self.asked = True
 
 
@@ -101,6 +105,7 @@ def _train(folder: Path, ears: Ears, step: list[int | None]) -> tuple[Exit, str]
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=timedelta(minutes=10))
     dist.barrier(group=(control := dist.new_group(backend="gloo")))  # under torchrun, rank 0 writes the config first
+    ears.joined = True
     with _refusing():
         run = runs.decode(config.read(folder / "config.yaml"), world=world)
     cuda = runner.device(run.launch) == "cuda"

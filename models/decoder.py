@@ -30,6 +30,8 @@ class Decoder:
             raise ValueError(f"width={self.width}: must be at least 1")
         if not self.blocks:
             raise ValueError("blocks=[]: needs at least one block")
+        if self.norm_eps <= 0:
+            raise ValueError(f"norm_eps={self.norm_eps}: must be positive; 1e-5 is usual")
         if self.vocabulary is not None and self.vocabulary < 2:
             raise ValueError(f"vocabulary={self.vocabulary}: must be at least 2, or null")
         for i, block in enumerate(self.blocks):

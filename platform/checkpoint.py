@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,8 @@ class _Writer(HuggingFaceStorageWriter):
             shutil.rmtree(final)
         self.aside.rename(final)
         replace(self.root / LATEST, f"{final.name}\n")
-        for old in steps_in(self.root)[self.keep :]:
+        older = [step for step in steps_in(self.root) if step < self.step]
+        for old in older[self.keep - 1 :]:
             shutil.rmtree(folder_of(self.root, old), ignore_errors=True)
 
 
@@ -143,6 +145,8 @@ class Saver:
         self._pending: tuple[int, AsyncSaveResponse] | None = None
         self.failures = 0
         """How many saves this rank saw fail in a row."""
+        self.saved: int | None = None
+        """The step whose checkpoint is known to stand: the last that was saved, or the one that was loaded."""
         if dist.get_rank() == 0:
             root.mkdir(parents=True, exist_ok=True)
 
@@ -186,7 +190,7 @@ class Saver:
         (step, response), self._pending = self._pending, None
         try:
             response.upload_completion.result()
-            self.failures = 0
+            self.failures, self.saved = 0, step
             self.say(f"saved checkpoint {folder_of(self.root, step)}")
         except BaseException as error:  # DCP's own exception is no Exception
             if isinstance(error, KeyboardInterrupt):
@@ -201,7 +205,7 @@ class Saver:
             try:
                 writer = _Writer(self.root, step, manifest, self.keep)
                 state_dict_saver.save(dict(state), storage_writer=writer, process_group=self.control)
-                self.failures = 0
+                self.failures, self.saved = 0, step
                 self.say(f"saved checkpoint {folder_of(self.root, step)}")
                 return True
             except BaseException as error:
@@ -249,7 +253,8 @@ def verify(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
         expected = [Hashed(**entry) for entry in manifest["files"]]
     except (ValueError, KeyError, TypeError) as error:
         return [str(error)]
-    strangers = {p.name for p in folder.iterdir()} - {e.name for e in expected} - {MANIFEST}
+    found = {path.name for path in folder.iterdir() if not path.name.startswith(".")}  # file systems leave dot-files
+    strangers = found - {e.name for e in expected} - {MANIFEST}
     problems = [f"{folder / name}: not in the manifest" for name in sorted(strangers)]
     with ThreadPoolExecutor(4) as pool:
         return problems + [p for p in pool.map(lambda e: _compare(folder, e), expected[part::parts]) if p]
@@ -267,7 +272,10 @@ def _compare(folder: Path, expected: Hashed) -> str | None:
 
 
 def newest(root: Path, control: dist.ProcessGroup, say: Say) -> int | None:
-    """The newest step whose checkpoint verifies; those passed over are said. All ranks read a part and agree."""
+    """The newest step whose checkpoint verifies, None without any. All ranks read a part and agree.
+
+    Those passed over are said, and set aside as step-N.damaged. ValueError: there are some, and none verifies.
+    """
     rank, world = dist.get_rank(), dist.get_world_size()
     steps: list[list[int]] = [steps_in(root)]
     dist.broadcast_object_list(steps, src=0, group=control)
@@ -276,9 +284,24 @@ def newest(root: Path, control: dist.ProcessGroup, say: Say) -> int | None:
         dist.all_gather_object(gathered, verify(folder_of(root, step), rank, world), group=control)
         problems = [problem for of_rank in gathered for problem in of_rank]
         if not problems:
+            if rank == 0:
+                _set_aside(root, [other for other in steps[0] if other > step])
             return step
         say(f"warning: checkpoint {folder_of(root, step)} does not verify and is passed over: {problems[0]}")
+    if steps[0]:
+        raise ValueError(
+            f"{root}: none of its {len(steps[0])} checkpoints verifies; restore one from a copy, "
+            "or remove this folder to begin again from step 0"
+        )
     return None
+
+
+def _set_aside(root: Path, steps: list[int]) -> None:
+    """Renames damaged checkpoints, so that nothing counts them as checkpoints and nothing of them is lost."""
+    for step in steps:
+        folder = folder_of(root, step)
+        aside = next(p for i in count() if not (p := Path(f"{folder}.damaged{i or ''}")).exists())
+        folder.rename(aside)
 
 
 def load(root: Path, step: int, state: State, control: dist.ProcessGroup) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import math
 import re
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -103,7 +102,7 @@ def decode(source: Source, cls: type[T], notes: Callable[[str], None] = lambda _
     decoder = _Decoder(source.overridden, notes)
     value = decoder.dataclass(source.tree, cls, "")
     if decoder.problems:
-        raise ConfigError(decoder.problems)
+        raise ConfigError([_veil(problem, source.tree, source.raw) for problem in decoder.problems])
     return value
 
 
@@ -137,6 +136,19 @@ def unresolved(tree: Any, raw: Any) -> Any:
     if isinstance(tree, list) and isinstance(raw, list) and len(tree) == len(raw):
         return [unresolved(child, other) for child, other in zip(tree, raw, strict=True)]
     return tree
+
+
+def _veil(problem: str, tree: Any, raw: Any) -> str:
+    """A problem with each value that came from `${...}` shown as it was written."""
+    if isinstance(tree, dict) and isinstance(raw, dict):
+        for key, child in tree.items():
+            problem = _veil(problem, child, raw.get(key))
+    elif isinstance(tree, list) and isinstance(raw, list):
+        for child, other in zip(tree, raw, strict=False):
+            problem = _veil(problem, child, other)
+    elif isinstance(raw, str) and "${" in raw:
+        problem = problem.replace(f"={_show(tree)}", f"={raw}")
+    return problem
 
 
 def dump(tree: Plain) -> str:
@@ -196,7 +208,7 @@ class _Decoder:
         if chosen is MISSING:
             self.problems.append(f"{path}: needs a kind; one of {', '.join(sorted(kinds))}")
             return None
-        if chosen not in kinds:
+        if not isinstance(chosen, str) or chosen not in kinds:
             self.problems.append(f"{path}.kind={_show(chosen)}: unknown kind{_nearest(str(chosen), kinds)}")
             return None
         rest = {key: child for key, child in tree.items() if key != "kind"}
@@ -252,10 +264,10 @@ def _plain(tree: Any, option: Any) -> Any:
         return same[0] if same else MISSING
     if option is bool or isinstance(tree, bool):
         return tree if option is bool and isinstance(tree, bool) else MISSING
-    if option is int and isinstance(tree, (int, float)):
-        return int(tree) if math.isfinite(tree) and int(tree) == tree else MISSING
-    if option is float and isinstance(tree, (int, float)):
-        return float(tree)
+    if option in (int, float) and isinstance(tree, (int, float)):
+        if not abs(tree) < 2**63:  # nan fails too; no number that a job has is larger
+            return MISSING
+        return float(tree) if option is float else int(tree) if int(tree) == tree else MISSING
     return tree if option is str and isinstance(tree, str) else MISSING
 
 
@@ -270,7 +282,13 @@ def _show(value: Any) -> str:
 
 def _name(hint: Any) -> str:
     """A type in words, for an error."""
-    words = {int: "an integer", float: "a number", str: "a string", bool: "true or false", types.NoneType: "null"}
+    words = {
+        int: "an integer",
+        float: "a finite number",
+        str: "a string",
+        bool: "true or false",
+        types.NoneType: "null",
+    }
     if _is_choice(hint):
         none = " or null" if types.NoneType in _options(hint) else ""
         return f"a mapping with kind: {' | '.join(kind(cls) for cls in _classes(hint))}{none}"

@@ -1,5 +1,6 @@
 """Held-out loss and sampled text: what the model knows, and what it says."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -12,8 +13,11 @@ from farspan.platform.data.pack import Rows
 from farspan.platform.data.tokenizer import Tokenizer
 
 
-def held_out_loss(engine: Engine, rows: Rows, limit: int, micro_batch: int) -> float:
-    """Mean loss in nats over the labels of the first `limit` held-out rows; every rank reads its share."""
+def held_out_loss(engine: Engine, rows: Rows, limit: int, micro_batch: int, beat: Callable[[], None]) -> float:
+    """Mean loss in nats over the labels of the first `limit` held-out rows; every rank reads its share.
+
+    `beat` is called for every batch: a sign of life.
+    """
     mesh = engine.mesh
     dp, rank = mesh.sizes.dp, mesh.index("dp")
     total = torch.zeros(2, dtype=torch.float64)
@@ -22,16 +26,25 @@ def held_out_loss(engine: Engine, rows: Rows, limit: int, micro_batch: int) -> f
     for i in range(rounds):
         numbers = mine[i * micro_batch : (i + 1) * micro_batch]
         batch = rows.batch(numbers or [0])
+        beat()
         if not numbers:
             batch = replace(batch, labels=torch.full_like(batch.labels, IGNORE), valid=0)
         total += torch.tensor([engine.evaluate(batch).item(), batch.valid], dtype=torch.float64)
     dist.all_reduce(total, group=mesh.control)
     summed, labels = (total / (mesh.sizes.world // dp)).tolist()
-    return summed / max(1.0, labels)
+    return summed / labels
 
 
 def sample(
-    engine: Engine, tokenizer: Tokenizer, prompt: str, *, tokens: int, temperature: float, context: int, seed: int
+    engine: Engine,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    tokens: int,
+    temperature: float,
+    context: int,
+    seed: int,
+    beat: Callable[[], None],
 ) -> str:
     """Continues `prompt` by at most `tokens` tokens; every rank computes the same text.
 
@@ -41,6 +54,7 @@ def sample(
     begun = len(ids)
     draw = key(seed, "sample")
     while len(ids) < begun + tokens:
+        beat()
         logits = engine.evaluate(*_prefix(ids[-context:]))[0, : tokenizer.vocabulary].double().cpu()
         if temperature == 0:
             ids.append(int(logits.argmax()))

@@ -66,6 +66,11 @@ class Trainer:
         self.corpus = job.data.build(job.seed)
         for note in self.corpus.notes:
             self.say(note)
+        if job.train.evaluate is not None and not len(self.corpus.held_out):
+            raise ValueError(
+                f"data.held_out={job.data.held_out}: no document is held out (a single one never is), and "
+                "train.evaluate needs some; add documents, or set train.evaluate=null"
+            )
         self.engine, flops = self._engine()
         self.optimizer = job.optim.build(self.engine.weights)
         self.saver = Saver(around.folder / "checkpoints", job.checkpoint.keep, mesh.control, self.say)
@@ -164,6 +169,7 @@ class Trainer:
         return None
 
     def _end(self) -> Outcome:
+        outcome = self._save_now("done", f"trained {self.state.step} steps")
         if self.job.train.sample is not None:
             wanted = self.job.train.sample
             text = evaluate.sample(
@@ -174,17 +180,21 @@ class Trainer:
                 temperature=wanted.temperature,
                 context=self.job.data.sequence_length,
                 seed=self.job.seed,
+                beat=self._beat,
             )
             self.say(f"sample: {wanted.prompt}{text}")
-        return self._save_now("done", f"trained {self.state.step} steps")
+        return outcome
+
+    def _beat(self) -> None:
+        self.around.beat(self.state.step)
 
     def _save_now(self, kind: Literal["done", "preempted"], reason: str) -> Outcome:
         """Saves the present step if it is not on disk yet, and ends the run."""
         self.saver.finish()
         step = self.state.step
-        if checkpoint.latest(self.saver.root) == step or self.saver.save(step, self._tensors(), self._manifest()):
+        if self.saver.saved == step or self.saver.save(step, self._tensors(), self._manifest()):
             return Outcome(kind=kind, step=step, reason=reason)
-        kept = checkpoint.latest(self.saver.root)
+        kept = self.saver.saved
         return Outcome(
             kind="unsaved",
             step=step,
@@ -208,7 +218,8 @@ class Trainer:
             step = int(line["step"] or 0)
             reason = f"step {step}: {self._culprit(step)}; the weights were not updated"
             if stop:
-                hint = "lower optim.rate, look at the data of that step, or set train.on_not_finite=skip"
+                hint = "look at the data of that step, or start a run under a new name with a lower optim.rate, "
+                hint += "a lower optim.max_norm, or train.on_not_finite=skip"
                 return Outcome(kind="not_finite", step=step, reason=f"{reason}; {hint}")
             self.say(f"warning: {reason}")
         return None
@@ -226,7 +237,9 @@ class Trainer:
     def _evaluate(self) -> None:
         assert self.job.train.evaluate is not None
         resume = self.recorder.pause()
-        loss = evaluate.held_out_loss(self.engine, self.corpus.held_out, self.job.train.evaluate.rows, self.micro_batch)
+        loss = evaluate.held_out_loss(
+            self.engine, self.corpus.held_out, self.job.train.evaluate.rows, self.micro_batch, self._beat
+        )
         line: Line = {"step": self.state.step, "eval_loss": loss}
         self._write([line])
         self.say(plain(line))
@@ -269,6 +282,7 @@ class Trainer:
                 f"{self.corpus.fingerprint[:9]} now); restore the files, or start a run under a new name"
             )
         checkpoint.load(root, step, self._tensors(), self.mesh.control)
+        self.saver.saved = step
         self.say(f"resumed from {checkpoint.folder_of(root, step)}")
         return RunState.of(manifest)
 

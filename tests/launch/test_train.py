@@ -144,6 +144,9 @@ def test_train_resume_verify_report(config: Path) -> None:
     said = finished(launch(config), code=2)  # never overwritten silently
     assert "name=tiny: the run" in said and "add --resume to go on with it, or name=another" in said
 
+    said = finished(launch(config, "--resume", "train.steps=20"), code=2)
+    assert "train.steps=20: the run is at step 30" in said
+
     said = finished(launch(config, "--resume", "optim.rate=0.5"), code=2)
     assert "optim.rate=0.5" in said and "--resume may change only train.steps" in said
 
@@ -158,8 +161,9 @@ def test_train_resume_verify_report(config: Path) -> None:
     file.write_bytes(content)
     said = finished(launch(config, str(folder / "checkpoints" / "step-00000040"), command="verify"), code=2)
     assert "DAMAGED" in said and "SHA-256 differs" in said
-    said = finished(launch(config, "--resume", "train.steps=41", "launch.ranks=1"))
+    said = finished(launch(config, "train.steps=40", "--resume", "launch.ranks=1"))
     assert "step-00000040 does not verify and is passed over" in said and "resumed from" in said
+    assert "DAMAGED" not in finished(launch(config, str(folder), command="verify")), "step 40 was made and saved again"
 
     page = Path(finished(launch(config, str(folder), command="report")).strip().splitlines()[-1])
     assert "<svg" in (config.parent / page).read_text()
@@ -252,6 +256,30 @@ def test_mistakes_are_named_before_any_process_starts(
     assert message in said and not (config.parent / "runs").exists()
 
 
-def test_a_missing_path_of_the_data_is_named(config: Path) -> None:
+def test_a_missing_path_of_the_data_is_named_and_mended(config: Path) -> None:
     said = finished(launch(config, "data.paths=[/no/such/folder]"), code=2)
     assert "data.paths[0]=/no/such/folder" in said.replace("'", "") and "Traceback" not in said
+    finished(launch(config, "train.steps=3"))  # the name is not burnt: nothing had been trained
+
+
+def test_a_run_belongs_to_one_process(config: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    process = launch(config, "train.steps=3000")
+    wait_for_step(config.parent / "runs" / "tiny", 2)
+    monkeypatch.chdir(config.parent)
+    assert cli.main(["train", "--config", str(config), "--resume"]) == 2
+    assert f"is in use by process {process.pid}" in capfd.readouterr().err
+    process.send_signal(signal.SIGINT)
+    finished(process, code=85)
+
+
+def test_a_folder_that_is_no_run_is_left_alone(config: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    (config.parent / "runs" / "tiny").mkdir(parents=True)
+    (config.parent / "runs" / "tiny" / "thesis.txt").write_text("mine")
+    monkeypatch.chdir(config.parent)
+    assert cli.main(["train", "--config", str(config)]) == 2
+    assert "it has no config.yaml; move it away, or take name=another" in capfd.readouterr().err
+
+
+def test_nothing_held_out_is_refused(config: Path) -> None:
+    said = finished(launch(config, "data.paths=[corpus/06.py]"), code=2)
+    assert "no document is held out" in said and "train.evaluate=null" in said

@@ -156,6 +156,28 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(ranks: Any, copy: Pat
         assert told["step"] == 2
         same(told["state"], wanted(2))
         assert "step-00000003 does not verify and is passed over" in told["said"][0]
+    assert (copy / "step-00000003.damaged").is_dir() and steps_in(copy) == [2], "set aside, and nothing of it lost"
+
+
+def all_damaged(root: str) -> str:
+    try:
+        newest(Path(root), dist.new_group(backend="gloo"), lambda text: None)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def test_when_none_verifies_training_does_not_begin_again_by_itself(ranks: Any, copy: Path) -> None:
+    for step in (2, 3):
+        damage_truncate(folder_of(copy, step))
+    text = ranks(1, all_damaged, root=str(copy))[0]
+    assert "none of its 2 checkpoints verifies; restore one from a copy, or remove this folder" in text
+    assert steps_in(copy) == [3, 2]
+
+
+def test_a_file_systems_dot_files_do_no_harm(copy: Path) -> None:
+    (folder_of(copy, 3) / ".nfs0001").touch()
+    assert verify(folder_of(copy, 3)) == []
 
 
 def fail_then_save(root: str) -> dict[str, Any]:

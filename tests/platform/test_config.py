@@ -106,7 +106,11 @@ def test_keys_on_the_command_line_stay_strict(tmp_path: Path) -> None:
         ("steps=true", "steps=True: must be an integer"),
         ("steps=", "steps=None: must be an integer"),
         ("steps=nan", "must be an integer"),
-        ("rate=fast", "rate='fast': must be a number"),
+        ("rate=fast", "rate='fast': must be a finite number"),
+        ("rate=.nan", "rate=nan: must be a finite number"),
+        ("rate=1e400", "must be a finite number"),
+        ("steps=1e30", "must be an integer"),
+        ("ring.kind=[a]", "ring.kind=['a']: unknown kind"),
         ("name=yes", "name=True: must be a string; YAML reads this word as a truth value: put it in quotes"),
         ("mode=medium", "mode='medium': must be fast or slow"),
         ("ranks=many", "ranks='many': must be an integer or auto"),
@@ -119,7 +123,7 @@ def test_keys_on_the_command_line_stay_strict(tmp_path: Path) -> None:
         ("parts.0.repeat=2", "parts has 0 items, no item 0"),
         ("parts=[{repaet: 2}]", "parts.0.repaet=2: unknown key; did you mean repeat?"),
         ("parts=3", "parts=3: must be a list of keys of Part"),
-        ("shares.a=much", "shares.a='much': must be a number"),
+        ("shares.a=much", "shares.a='much': must be a finite number"),
         ("steps", "override 'steps': must look like a.b=c"),
         ("=3", "must look like a.b=c"),
         ("rate={a", "write a.b=c with c as YAML"),
@@ -167,4 +171,8 @@ def test_the_environment_is_never_written(tmp_path: Path, monkeypatch: pytest.Mo
     found: Any = decode(source, Job)
     assert found.name == "hush"
     text = dump(unresolved(encode(found), source.raw))
+    path.write_text(BASE + "rate: ${oc.env:FARSPAN_TEST_SECRET}\n")
+    with pytest.raises(ConfigError, match=r"rate=\$\{oc.env:FARSPAN_TEST_SECRET\}: must be") as caught:
+        decode(read(path), Job)
+    assert "hush" not in str(caught.value)
     assert "hush" not in text and "${oc.env:FARSPAN_TEST_SECRET}" in text
