@@ -41,6 +41,7 @@ install: .venv/installed
 # A stale build/ would ship modules that were deleted since.
 .venv/installed: pyproject.toml .venv/torch
 	rm -rf build
+	@echo "installing farspan and what it needs (ray, wandb and others; a minute or two)"
 	$(PIP) install -q "setuptools>=77" wheel
 	$(PIP) install -q --no-build-isolation -e .
 	touch $@

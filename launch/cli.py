@@ -72,8 +72,10 @@ Exit codes:
     train.add_argument("--config", required=True, type=Path, metavar="X.yaml", help="the configuration file")
     train.add_argument("overrides", nargs="*", metavar="a.b=c", help="values that replace the file's")
     train.add_argument("--resume", action="store_true", help="go on with an existing run from its last checkpoint")
-    train.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
-    train.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where run folders live")
+    train.add_argument("--dry-run", action="store_true", help="check the configuration, print the plan, start nothing")
+    train.add_argument(
+        "--runs", type=Path, default=Path("runs"), metavar="DIR", help="where run folders live; default: runs"
+    )
     train.set_defaults(run=_train)
 
 
@@ -91,6 +93,8 @@ def _train(parsed: argparse.Namespace) -> int:
     path = parsed.config if parsed.config.exists() else _shipped(parsed.config)
     run = runs.decode(config.read(path, parsed.overrides), _note, world=world)
     folder = (parsed.runs / run.job.name).absolute()
+    if run.launch_is_here and world is None:
+        run.job.data.find()
     if parsed.dry_run:
         print(config.dump(run.tree()))
     lines = runs.plan_of(run, world)  # the model is built on the meta device: what does not fit fails here

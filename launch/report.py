@@ -156,7 +156,7 @@ def _cells(run: _Run) -> list[str]:
         f"{median(rates):,.0f}" if rates else "–",
         _amount(tokens[-1][1]) if tokens else "–",
         _duration(sum(seconds)) if any(seconds) else "–",
-        str(max(attempts) + 1) if attempts else "–",
+        str(len(attempts)) if attempts else "–",
     ]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from farspan.launch import runner
+from farspan.launch.on_local import Local
 from farspan.launch.pulse import read as read_json
 from farspan.launch.runner import Launch
 from farspan.platform import config, metrics
@@ -33,6 +34,11 @@ class Run:
     launch: Launch
     raw: Plain
     """The tree as it was written, `${...}` unresolved."""
+
+    @property
+    def launch_is_here(self) -> bool:
+        """Whether the ranks will see this machine's files: not so on a cluster that is only joined."""
+        return isinstance(self.launch, Local) or self.launch.address is None
 
     def tree(self) -> Plain:
         """The configuration with every default written out, and nothing of the environment in it."""
@@ -159,7 +165,7 @@ def resume(run: Run, folder: Path) -> Run:
         raise ConfigError(
             [
                 f"{key}={new!r}: the run {folder} was started with {was!r}, and --resume may change only {allowed}; "
-                "set it back, or start a run under a new name"
+                f"give the same overrides as then (or --config {path}), or start a run under a new name"
                 for key, was, new in refused
             ]
         )

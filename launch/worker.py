@@ -69,6 +69,7 @@ def work(folder: Path, keep_status: bool = False) -> int:
     if keep_status:
         states = {Exit.DONE: "done", Exit.PREEMPTED: "preempted"}
         _status(folder, states.get(code, "failed"), int(code), step[0], reason)
+        print(f"{states.get(code, 'failed')} at step {step[0]}: {reason}\nrun folder: {folder}")
     sys.stdout.flush()
     sys.stderr.flush()
     if code not in (Exit.DONE, Exit.PREEMPTED):
@@ -135,7 +136,6 @@ def _train(folder: Path, ears: Ears, step: list[int | None]) -> tuple[Exit, str]
     beat(trainer.state.step)
     outcome = trainer.run()
     step[0] = outcome.step
-    say(f"{outcome.kind}: {outcome.reason}")
     codes = {"done": Exit.DONE, "preempted": Exit.PREEMPTED, "not_finite": Exit.NOT_FINITE, "unsaved": Exit.RETRY}
     if codes[outcome.kind].clean:
         dist.barrier(group=control)

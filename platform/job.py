@@ -113,7 +113,9 @@ class Job:
             found.append(f"train.batch={self.train.batch}: must be a multiple of dp={dp}; try {near}")
         warmup = self.schedule.warmup
         if warmup >= self.train.steps > 1:
-            found.append(f"schedule.warmup={warmup}: must be less than train.steps={self.train.steps}")
+            found.append(
+                f"schedule.warmup={warmup}: must be less than train.steps={self.train.steps}; try 0 for a short trial"
+            )
         if self.train.evaluate and self.data.held_out == 0:
             found.append("data.held_out=0: train.evaluate needs held-out documents; try 0.01, or evaluate: null")
         return found

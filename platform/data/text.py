@@ -78,6 +78,10 @@ class Text:
         """Tokens that the tokenizer can write, known without reading any file."""
         return Bytes.vocabulary
 
+    def find(self) -> None:
+        """Looks for every path without reading any file. ValueError: one that leads nowhere from here."""
+        _list(self.paths, self.suffixes)
+
     def build(self, seed: int) -> Corpus:
         """Read, tokenize or take from the cache; `seed` orders the training rows.
 

@@ -235,6 +235,7 @@ def test_ray_runs_the_same_job_and_survives_a_kill(config: Path, undisturbed: Pa
         (["train.batch=3"], "train.batch=3: must be a multiple of dp=2; try 4"),
         (["model.vocabulary=100"], "model.vocabulary=100: the tokenizer has 257 tokens"),
         (["lanch.kind=ray"], "did you mean launch?"),
+        (["data.paths=[/no/such/folder]"], "data.paths[0]='/no/such/folder'"),
         (["model.blocks.0.mixer.heads=3"], "heads=3: must divide width=16"),
         (["parallel.tp=2"], "parallel.tp=2: this version trains with tp=1 only"),
         (["schedule.warmup=50"], "schedule.warmup=50"),
@@ -256,9 +257,12 @@ def test_mistakes_are_named_before_any_process_starts(
     assert message in said and not (config.parent / "runs").exists()
 
 
-def test_a_missing_path_of_the_data_is_named_and_mended(config: Path) -> None:
-    said = finished(launch(config, "data.paths=[/no/such/folder]"), code=2)
-    assert "data.paths[0]=/no/such/folder" in said.replace("'", "") and "Traceback" not in said
+def test_bad_data_is_named_and_mended(config: Path) -> None:
+    """What only the ranks can see ends them with the reason, and leaves the name free."""
+    (config.parent / "bad").mkdir()
+    (config.parent / "bad" / "latin.txt").write_bytes(b"caf\xe9")
+    said = finished(launch(config, "data.bad_files=stop", "data.paths=[corpus, bad]"), code=2)
+    assert "bad/latin.txt" in said and "Traceback" not in said
     finished(launch(config, "train.steps=3"))  # the name is not burnt: nothing had been trained
 
 
