@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from farspan.launch.agent import Spec
 from farspan.launch.exit import Exit, NodeExit, worst
 from farspan.launch.on_local import LocalNode, free_port
 from farspan.launch.pulse import beat, farewell, last_beat, last_words
+from processes import alive, within
 
 PREAMBLE = """
 import faulthandler, os, pathlib, signal, subprocess, sys, time
@@ -62,29 +63,6 @@ class Bench:
 
     def await_log(self, text: str, *ranks: int) -> None:
         within(10.0, lambda: all(text in self.log(rank) for rank in ranks))
-
-
-def within(limit: float, claim: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + limit
-    while True:
-        try:
-            if claim():
-                return
-        except OSError:
-            pass
-        assert time.monotonic() < deadline, "did not come true in time"
-        time.sleep(0.02)
-
-
-def alive(marker: str) -> list[int]:
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            if marker.encode() in (entry / "cmdline").read_bytes() and int(entry.name) != os.getpid():
-                found.append(int(entry.name))
-        except OSError:
-            continue
-    return found
 
 
 @pytest.fixture

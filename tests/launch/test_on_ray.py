@@ -7,9 +7,8 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from farspan.launch.exit import Exit
 from farspan.launch.on_local import free_port
 from farspan.launch.on_ray import Ray, compare, source, versions
 from farspan.launch.runner import run
+from processes import alive, within
 
 # The first attempt of rank 1 fails; the second is the first that says where it is and under whom it runs.
 WORKER = """
@@ -54,17 +54,6 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
     within(10.0, lambda: alive(bench.marker) == [])
 
 
-def alive(marker: str) -> list[int]:
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            if marker.encode() in (entry / "cmdline").read_bytes() and int(entry.name) != os.getpid():
-                found.append(int(entry.name))
-        except OSError:
-            continue
-    return found
-
-
 def private_folders(driver: int) -> set[str]:
     """The folders that the driver's sweepers watch over."""
     commands = [
@@ -73,13 +62,6 @@ def private_folders(driver: int) -> set[str]:
         if f" {driver} " in (entry / "stat").read_text().rpartition(")")[2][:16]
     ]
     return {command[-2].decode() for command in commands if b"farspan.launch.on_ray" in command}
-
-
-def within(limit: float, claim: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + limit
-    while not claim():
-        assert time.monotonic() < deadline, "did not come true in time"
-        time.sleep(0.05)
 
 
 def test_a_private_ray_runs_restarts_in_place_and_ends(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

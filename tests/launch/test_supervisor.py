@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from farspan.launch.on_local import Local, LocalNode, Node, NodeLost, Placement
 from farspan.launch.on_ray import Ray
 from farspan.launch.runner import device, handed_on, run, world
 from farspan.launch.supervisor import Plan, Supervisor
+from processes import alive, within
 
 PREAMBLE = """
 import os, pathlib, signal, subprocess, sys, time
@@ -77,24 +77,6 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
     yield bench
     within(3.0, lambda: alive(bench.marker) == [])
     assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
-
-
-def alive(marker: str) -> list[int]:
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            if marker.encode() in (entry / "cmdline").read_bytes() and int(entry.name) != os.getpid():
-                found.append(int(entry.name))
-        except OSError:
-            continue
-    return found
-
-
-def within(limit: float, claim: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + limit
-    while not claim():
-        assert time.monotonic() < deadline, "did not come true in time"
-        time.sleep(0.02)
 
 
 def send(bench: Bench, *numbers: signal.Signals, ranks: int = 2) -> Callable[[], None]:

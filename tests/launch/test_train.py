@@ -15,6 +15,7 @@ import pytest
 
 from farspan.launch import cli
 from farspan.platform import metrics
+from processes import alive
 
 CONFIG = """
 name: tiny
@@ -74,21 +75,9 @@ def numbers(folder: Path) -> list[tuple[Any, ...]]:
     return [tuple(line.get(key) for key in keys) for line in metrics.latest(metrics.read(folder))]
 
 
-def processes(marker: str) -> list[int]:
-    """Live processes with `marker` in their command line."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if marker.encode() in path.read_bytes() and int(path.parent.name) != os.getpid():
-                found.append(int(path.parent.name))
-        except OSError:
-            continue
-    return found
-
-
 def rank_of(folder: Path, rank: int) -> int:
     """The process of a rank, by its environment."""
-    for pid in processes("farspan.launch.worker"):
+    for pid in alive("farspan.launch.worker"):
         try:
             seen = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
             if f"RANK={rank}".encode() in seen and str(folder).encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
@@ -179,7 +168,7 @@ def test_kill_9_of_a_rank_ends_with_the_same_metrics(config: Path, undisturbed: 
     assert "restart" in said
     assert numbers(folder) == numbers(undisturbed)
     assert {line["attempt"] for line in metrics.read(folder)} == {1, 2}
-    assert not processes(str(folder))
+    assert not alive(str(folder))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
@@ -192,7 +181,7 @@ def test_a_signal_saves_and_exits_85_and_resume_goes_on(config: Path, number: si
     told = status(folder)
     assert told["state"] == "preempted" and told["exit_code"] == 85 and 7 <= told["step"] < 3000
     assert (folder / "checkpoints" / "LATEST").read_text() == f"step-{told['step']:08d}\n"
-    assert not processes(str(folder))
+    assert not alive(str(folder))
     if number == signal.SIGTERM:
         said = finished(launch(config, "--resume", f"train.steps={told['step'] + 2}"))
         assert f"resumed from {folder}/checkpoints/step-{told['step']:08d}" in said
@@ -225,7 +214,7 @@ def test_ray_runs_the_same_job_and_survives_a_kill(config: Path, undisturbed: Pa
     os.kill(rank_of(folder, 1), signal.SIGKILL)
     finished(process)
     assert numbers(folder) == numbers(undisturbed)
-    assert status(folder)["state"] == "done" and not processes(str(folder))
+    assert status(folder)["state"] == "done" and not alive(str(folder))
 
 
 @pytest.mark.parametrize(
