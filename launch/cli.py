@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from farspan.launch.run import Run  # torch takes a second to import: help and report do without
 
 if __name__ == "__mp_main__":
-    logging.disable(logging.WARNING)  # see launch/worker.py: under torchrun this file is what a rank runs
+    logging.disable(logging.WARNING)  # a rank's process that writes checkpoints imports this file again, talkative
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -95,14 +95,14 @@ def _train(parsed: argparse.Namespace) -> int:
     folder = (parsed.runs / run.job.name).absolute()
     if run.launch_is_here and world is None:
         run.job.data.find()
+    if world is not None and not parsed.dry_run:
+        return _as_rank(run, folder, parsed.resume)
     if parsed.dry_run:
         print(config.dump(run.tree()))
     lines = runs.plan_of(run, world)  # the model is built on the meta device: what does not fit fails here
     if parsed.dry_run:
         print("\n".join(lines))
         return int(Exit.DONE)
-    if world is not None:
-        return _as_rank(run, folder, parsed.resume)
     with runs.held(folder, resume=parsed.resume):
         if parsed.resume:
             run = runs.resume(run, folder)
@@ -136,7 +136,7 @@ def _launch(run: "Run", folder: Path, lines: Sequence[str]) -> int:
     try:
         code = runner.run(
             run.launch,
-            command=["python", "-m", "farspan.launch.worker", "--run", str(folder)],
+            command=["python", "-m", "farspan.launch.cli", "worker", "--run", str(folder)],
             folder=folder,
             say=view.say,
             watch=view.poll,

@@ -1,6 +1,5 @@
 """One page that shows what runs have done: self-contained, so that it can be sent, kept and opened anywhere."""
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from html import escape
 from pathlib import Path
 from statistics import median
 
+from farspan.launch import pulse
 from farspan.launch.chart import CROWDED, SCRIPT, STYLE, Curve, draw, look
 from farspan.platform.metrics import FILE, Line, attempt_of, is_evaluation, latest, read, step_of
 
@@ -87,20 +87,11 @@ def _load(folder: Path, name: str, style: int) -> _Run:
         folder=folder,
         name=name,
         style=style,
-        status=_status(folder / "status.json"),
+        status=pulse.read(folder / "status.json"),
         config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None,
         written=written,
         lines=latest(written),
     )
-
-
-def _status(path: Path) -> dict[str, object]:
-    """The status, empty where it is missing or being written."""
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

@@ -1,13 +1,11 @@
 """One rank: reads its place from the environment, joins the others, trains, and says how it ended."""
 
-import argparse
 import faulthandler
-import logging
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -16,18 +14,6 @@ from types import FrameType
 from farspan.launch import pulse
 from farspan.launch.exit import Exit
 from farspan.platform.config import ConfigError
-
-if __name__ == "__mp_main__":
-    logging.disable(logging.WARNING)  # the process that writes checkpoints imports this file again, and is talkative
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """`launch worker --run FOLDER`, under RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT."""
-    parser = argparse.ArgumentParser(prog="launch worker", description=__doc__)
-    parser.add_argument(
-        "--run", required=True, type=Path, metavar="FOLDER", help="the run folder, with its config.yaml"
-    )
-    return work(parser.parse_args(arguments).run)
 
 
 class Ears:
@@ -48,7 +34,9 @@ class Ears:
 
 
 def work(folder: Path, keep_status: bool = False) -> int:
-    """Trains the run in `folder` as this rank; returns the exit code, with the last words written.
+    """Trains the run in `folder` as the rank that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT name.
+
+    Returns the exit code, with the last words written.
 
     `keep_status`: no supervisor watches, so this rank writes status.json itself.
     """
@@ -141,7 +129,3 @@ def _train(folder: Path, ears: Ears, step: list[int | None]) -> tuple[Exit, str]
         dist.barrier(group=control)
         dist.destroy_process_group()
     return codes[outcome.kind], outcome.reason
-
-
-if __name__ == "__main__":
-    sys.exit(main())

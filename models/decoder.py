@@ -1,6 +1,7 @@
 """A causal decoder, described by a list of runs of equal blocks."""
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +63,9 @@ class DecoderModel(nn.Module):
         self.layers = nn.ModuleList(block.build(width, depth, eps, context) for block in runs)
         self.norm = RMSNorm(width, eps)
         self.head = None if config.tied else nn.Linear(width, vocabulary, bias=False)
+        repeats = [block.repeat for block in config.blocks]
+        self.runs = list(zip(accumulate([0, *repeats]), repeats, strict=False))
+        """(first layer, how many) of each run of equal layers."""
         self.rotations = [block.mixer.rotation(width) if block.mixer else None for block in runs]
 
     def initial(self) -> dict[str, Normal]:
@@ -71,7 +75,7 @@ class DecoderModel(nn.Module):
 
     def flops(self, lengths: tuple[int, ...]) -> int:
         """Forward operations for documents of these lengths; a backward is twice that."""
-        layers = sum(layer.flops(lengths) for layer in self.layers)  # type: ignore[operator]
+        layers = sum(repeat * self.layers[first].flops(lengths) for first, repeat in self.runs)  # type: ignore[operator]
         return int(layers + 2 * sum(lengths) * self.embed.weight.numel())
 
     def forward(self, batch: Batch, at: Tensor | None = None) -> Tensor:

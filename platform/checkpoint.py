@@ -96,7 +96,7 @@ class _Writer(HuggingFaceStorageWriter):
         _sync(self.aside / MANIFEST)
         _sync(self.aside)
         final = folder_of(self.root, self.step)
-        if final.exists():  # of an earlier attempt, which did not verify: it was passed over at the start
+        if final.exists():  # of a save of this step that failed after its rename
             shutil.rmtree(final)
         self.aside.rename(final)
         replace(self.root / LATEST, f"{final.name}\n")

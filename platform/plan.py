@@ -99,9 +99,10 @@ def _activations(job: Job, model: DecoderModel, rows: int) -> int:
     )
     angles = model.angles(empty.positions)
     total, largest = 2 * x.nbytes, 0  # the final norm's input and the hidden gradient that the loss keeps
-    for layer, rotation in zip(model.layers, model.rotations, strict=True):
-        saved = _saved(layer, x, None if rotation is None else angles[rotation])
-        total += x.nbytes if job.train.recompute == "block" else saved
+    for first, repeat in model.runs:
+        rotation = model.rotations[first]
+        saved = _saved(model.layers[first], x, None if rotation is None else angles[rotation])
+        total += repeat * (x.nbytes if job.train.recompute == "block" else saved)
         largest = max(largest, saved)
     return total + (largest if job.train.recompute == "block" else 0)
 

@@ -81,14 +81,13 @@ class Trainer:
         self.sound = torch.ones((), dtype=torch.bool, device=mesh.device)
         """Falls for good at the first step that is not finite, under the policy `stop`."""
         self.save_due = False
-        self.dp_rank = mesh.index("dp")
         self.micro_batch = min(job.train.micro_batch or job.train.batch, job.train.batch // mesh.sizes.dp)
         self.loader = Loader(
             self.corpus.train,
             start=self.state.rows,
             batch=job.train.batch,
             micro_batch=self.micro_batch,
-            dp_rank=self.dp_rank,
+            dp_rank=mesh.index("dp"),
             dp=mesh.sizes.dp,
             pin=mesh.device.type == "cuda",
         )
@@ -246,8 +245,10 @@ class Trainer:
         resume()
 
     def _write(self, lines: list[Line]) -> None:
-        for line in lines if self.journal is not None else []:
-            self.journal.write(line)  # type: ignore[union-attr]
+        if self.journal is None:
+            return
+        for line in lines:
+            self.journal.write(line)
             self.sinks.write(line)
 
     def _tensors(self) -> dict[str, Tensor]:

@@ -77,7 +77,7 @@ def numbers(folder: Path) -> list[tuple[Any, ...]]:
 
 def rank_of(folder: Path, rank: int) -> int:
     """The process of a rank, by its environment."""
-    for pid in alive("farspan.launch.worker"):
+    for pid in alive("farspan.launch.cli"):
         try:
             seen = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
             if f"RANK={rank}".encode() in seen and str(folder).encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
