@@ -10,7 +10,8 @@ from statistics import median
 
 WIDTH, HEIGHT = 600, 260
 LEFT, RIGHT, TOP, BOTTOM = 58, 12, 14, 34
-COLOURS = 7
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#b8558f", "#c98a00", "#3fa3dc", "#4a4a4a")
+"""Okabe and Ito's, which stays apart under the common colour blindnesses, a little darker for thin lines on white."""
 CROWDED = 600
 """A noisy curve of more points is drawn faintly under its trend."""
 
@@ -25,6 +26,21 @@ class Curve:
     """(step, value) by rising step; a value that is not finite makes a gap and a mark."""
     marks: Sequence[tuple[int, str]] = ()
     """(step, what happened there): thin vertical lines."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    """One quantity over the steps of some runs."""
+
+    key: str
+    title: str
+    unit: str
+    zero: bool
+    """The vertical axis begins at zero."""
+    noisy: bool
+    """Steps scatter: crowded curves get a trend."""
+    curves: Sequence[Curve]
+    """At least one, each of at least one point."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,26 +59,23 @@ class Axis:
         return self.start + (self.end - self.start) * (value - low) / (high - low)
 
 
-def draw(curves: Sequence[Curve], *, label: str, zero: bool = False, noisy: bool = False) -> str:
-    """One chart of curves of at least one point each.
+def draw(chart: Chart) -> str:
+    """The chart as SVG.
 
-    `zero`: the vertical axis begins at zero; else it fits most values, and says so where it is logarithmic or leaves
-    the highest out. `noisy`: crowded curves get a trend. `label` tells those who cannot see the chart what it shows.
+    Where its vertical axis does not begin at zero it fits most values, and says so where it is logarithmic or leaves
+    the highest out.
     """
-    curves = [replace(curve, points=[(step, _tame(value)) for step, value in curve.points]) for curve in curves]
-    finite = sorted(value for curve in curves for _, value in curve.points if math.isfinite(value))
-    steps = [step for curve in curves for step, _ in curve.points]
-    x = _span(min(steps), max(steps), LEFT, WIDTH - RIGHT)
-    y = _vertical(finite, zero)
+    curves, noisy, label = [tame(curve) for curve in chart.curves], chart.noisy, f"{chart.title} over steps"
+    x, y, remarks = axes(curves, chart.zero)
     inner = HEIGHT - BOTTOM - TOP + 12  # the inner picture cuts off what is beyond the vertical axis
     scale = json.dumps([x.low, x.high, x.start, x.end, y.low, y.high, y.start, y.end, y.logarithmic])
     parts = [
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}" data-scale="{scale}">',
         *_grid(x, y),
-        *_remarks(y, finite),
+        *([f'<text class="tick" x="{LEFT}" y="{HEIGHT - 3}">{remarks}</text>'] if remarks else []),
         f'<svg y="{TOP - 6}" height="{inner}" width="{WIDTH}" viewBox="0 {TOP - 6} {WIDTH} {inner}">',
         *itertools.chain.from_iterable(_curve(curve, x, y, noisy) for curve in curves),
-        *(_trend(curve, x, y) for curve in curves if noisy and len(curve.points) > CROWDED),
+        *(_trend(curve, x, y) for curve in curves if crowded(curve, noisy)),
         '</svg><g class="hover"></g></svg>',
     ]
     return "\n".join(parts)
@@ -97,7 +110,7 @@ def trend(points: Sequence[tuple[int, float]], slices: int = 150) -> list[tuple[
 
 def look(style: int) -> str:
     """The CSS classes of a style: the colours in turn, dashed from the second round on."""
-    return f"c{style % COLOURS}" + (" dashed" if style >= COLOURS else "")
+    return f"c{style % len(PALETTE)}" + (" dashed" if style >= len(PALETTE) else "")
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
@@ -119,6 +132,27 @@ def short(value: float) -> str:
         if size >= unit:
             return f"{value / unit:.6g}{suffix}"
     return f"{value:.6g}"
+
+
+def axes(curves: Sequence[Curve], zero: bool) -> tuple[Axis, Axis, str]:
+    """The scales of one chart for all its curves, and what a reader must know about the vertical one, if anything."""
+    finite = sorted(value for curve in curves for _, value in curve.points if math.isfinite(value))
+    steps = [step for curve in curves for step, _ in curve.points]
+    y = _vertical(finite, zero)
+    words = ["logarithmic scale"] if y.logarithmic else []
+    if finite and finite[-1] > y.high:
+        words.append(f"the axis ends below the highest value, {finite[-1]:.4g}")
+    return _span(min(steps), max(steps), LEFT, WIDTH - RIGHT), y, "; ".join(words)
+
+
+def crowded(curve: Curve, noisy: bool) -> bool:
+    """Whether a curve is drawn faintly under its trend."""
+    return noisy and len(curve.points) > CROWDED
+
+
+def tame(curve: Curve) -> Curve:
+    """The curve with values that arithmetic on axes can stand."""
+    return replace(curve, points=[(step, _tame(value)) for step, value in curve.points])
 
 
 def _tame(value: float) -> float:
@@ -155,7 +189,7 @@ def _vertical(finite: Sequence[float], zero: bool) -> Axis:
 
 
 def _grid(x: Axis, y: Axis) -> Iterator[str]:
-    for value in _levels(y):
+    for value in levels(y):
         at = y.place(value)
         yield f'<path class="grid" d="M{LEFT} {at:.1f}H{WIDTH - RIGHT}"/>'
         yield f'<text class="tick" x="{LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{short(value)}</text>'
@@ -169,16 +203,8 @@ def _grid(x: Axis, y: Axis) -> Iterator[str]:
     yield f'<text class="tick" x="{WIDTH - RIGHT}" y="{HEIGHT - 3}" text-anchor="end">step</text>'
 
 
-def _remarks(y: Axis, finite: Sequence[float]) -> Iterator[str]:
-    """What a reader must know about the vertical axis."""
-    words = ["logarithmic scale"] if y.logarithmic else []
-    if finite and finite[-1] > y.high:
-        words.append(f"the axis ends below the highest value, {finite[-1]:.4g}")
-    if words:
-        yield f'<text class="tick" x="{LEFT}" y="{HEIGHT - 3}">{"; ".join(words)}</text>'
-
-
-def _levels(y: Axis) -> list[float]:
+def levels(y: Axis) -> list[float]:
+    """The values at which a vertical axis has its ticks, at most about eight."""
     if not y.logarithmic:
         return ticks(y.low, y.high)
     powers = range(math.floor(math.log10(y.low)), math.ceil(math.log10(y.high)) + 1)
@@ -190,12 +216,12 @@ def _levels(y: Axis) -> list[float]:
 
 
 def _trend(curve: Curve, x: Axis, y: Axis) -> str:
-    return f'<path class="curve {look(curve.style)}" d="{"".join(_strokes(trend(curve.points), x, y))}"/>'
+    return f'<path class="curve {look(curve.style)} bold" d="{"".join(_strokes(trend(curve.points), x, y))}"/>'
 
 
 def _curve(curve: Curve, x: Axis, y: Axis, noisy: bool) -> Iterator[str]:
     style, points = look(curve.style), downsample(curve.points)
-    faint = " faint" if noisy and len(curve.points) > CROWDED else ""
+    faint = " faint" if crowded(curve, noisy) else ""
     for step, what in curve.marks:
         if x.low <= step <= x.high:
             title = f"<title>{escape(curve.name)}: {escape(what)}</title>"
@@ -229,10 +255,14 @@ def _strokes(points: Sequence[tuple[int, float]], x: Axis, y: Axis) -> Iterator[
         down = math.isfinite(value)
 
 
-# Okabe and Ito's palette, which stays apart under the common colour blindnesses; lightened for dark backgrounds.
-STYLE = """
-:root { color-scheme: light dark; --page: #f7f7f5; --card: #fff; --text: #1c1d20; --soft: #666a73; --line: #e4e4e0;
-  --c0: #0072b2; --c1: #d55e00; --c2: #009e73; --c3: #b8558f; --c4: #c98a00; --c5: #3fa3dc; --c6: #4a4a4a; }
+_LIGHT = " ".join(f"--c{number}: {colour};" for number, colour in enumerate(PALETTE))
+
+STYLE = (
+    f"""
+:root {{ color-scheme: light dark; --page: #f7f7f5; --card: #fff; --text: #1c1d20; --soft: #666a73; --line: #e4e4e0;
+  {_LIGHT} }}
+"""
+    + """
 @media (prefers-color-scheme: dark) {
   :root { --page: #131416; --card: #1b1d20; --text: #e8e8e6; --soft: #9a9ea8; --line: #2d3035;
     --c0: #4db1ea; --c1: #ff8a3d; --c2: #2fc79b; --c3: #e29cc6; --c4: #f0b93a; --c5: #9ad4f5; --c6: #c4c4c4; } }
@@ -242,7 +272,8 @@ path { fill: none } .grid { stroke: var(--line) } .axis { stroke: var(--soft); s
 .c0 { color: var(--c0) } .c1 { color: var(--c1) } .c2 { color: var(--c2) } .c3 { color: var(--c3) }
 .c4 { color: var(--c4) } .c5 { color: var(--c5) } .c6 { color: var(--c6) }
 .curve { stroke: currentColor; stroke-width: 1.6; stroke-linejoin: round; stroke-linecap: round }
-.curve.dashed { stroke-dasharray: 5 4 } .curve.faint { stroke-width: 1; stroke-opacity: .32 }
+.curve.dashed { stroke-dasharray: 5 4 } .curve.faint { stroke-width: .7; stroke-opacity: .25 }
+.curve.bold { stroke-width: 2.2 }
 .dot { fill: currentColor } .broken { stroke: currentColor; stroke-width: 1.8 }
 .mark { stroke: currentColor; stroke-width: 1.2; stroke-dasharray: 2 3; opacity: .8 }
 .hover { pointer-events: none } .hover path { stroke: var(--soft); stroke-opacity: .6 }
@@ -252,6 +283,7 @@ path { fill: none } .grid { stroke: var(--line) } .axis { stroke: var(--soft); s
   font-variant-numeric: tabular-nums; white-space: pre-line; overflow-wrap: anywhere; z-index: 1 }
 #readout span::before { content: "●"; margin-right: 6px }
 """
+)
 
 # Under the pointer: the nearest step of every curve, with the values as recorded (six digits), not as drawn.
 SCRIPT = """

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from farspan.launch import pulse
+from farspan.launch import data, pulse
 from farspan.launch.exit import Exit
 
 if TYPE_CHECKING:
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 if __name__ == "__mp_main__":
     logging.disable(logging.WARNING)  # a rank's process that writes checkpoints imports this file again, talkative
 
-CONFIGS = Path(__file__).parents[1] / "configs"
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line; returns the exit code."""
@@ -27,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_train(commands)
     _add_worker(commands)
+    data.add(commands)
     verify = commands.add_parser("verify", help="check every byte of a checkpoint against its manifest")
     verify.add_argument("checkpoint", type=Path, help="runs/NAME/checkpoints/step-N, or runs/NAME for all of them")
     verify.set_defaults(run=_verify)
@@ -35,9 +34,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "folders", type=Path, nargs="+", metavar="RUN", help="run folders, for instance runs/quickstart"
     )
     report.add_argument("--out", type=Path, help="the page to write; default: report.html in the first folder")
+    report.add_argument(
+        "--png", nargs="?", const="", metavar="DIR", help="also write PNGs; default: plots in the first folder"
+    )
     report.set_defaults(run=_report)
+    explain = commands.add_parser("config", help="explain the keys of a configuration file")
+    explain.add_argument(
+        "--explain", nargs="?", const="", required=True, metavar="PATH", help="a key such as model.blocks; none: all"
+    )
+    explain.set_defaults(run=_explain)
     parsed, rest = parser.parse_known_args(arguments)
-    if parsed.command == "train":  # argparse takes overrides in one place only, people write them anywhere
+    if hasattr(parsed, "overrides"):  # argparse takes overrides in one place only, people write them anywhere
         parsed.overrides += [word for word in rest if not word.startswith("-")]
         rest = [word for word in rest if word.startswith("-")]
     if rest:
@@ -90,8 +97,7 @@ def _train(parsed: argparse.Namespace) -> int:
     from farspan.platform import config
 
     world = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else None
-    path = parsed.config if parsed.config.exists() else _shipped(parsed.config)
-    run = runs.decode(config.read(path, parsed.overrides), _note, world=world)
+    run = runs.decode(config.read(runs.shipped(parsed.config), parsed.overrides), _note, world=world)
     folder = (parsed.runs / run.job.name).absolute()
     if run.launch_is_here and world is None:
         run.job.data.find()
@@ -109,12 +115,6 @@ def _train(parsed: argparse.Namespace) -> int:
         else:
             runs.start(run, folder)
         return _launch(run, folder, lines)
-
-
-def _shipped(path: Path) -> Path:
-    """`configs/quickstart.yaml` means the one that is installed, where the working folder has none."""
-    shipped = CONFIGS / path.name
-    return shipped if path.parent.name == "configs" and shipped.exists() else path
 
 
 def _note(text: str) -> None:
@@ -197,9 +197,19 @@ def _verify(parsed: argparse.Namespace) -> int:
 
 
 def _report(parsed: argparse.Namespace) -> int:
-    from farspan.launch.report import report
+    from farspan.launch.report import pictures, report
 
     print(report(parsed.folders, parsed.out))
+    if parsed.png is not None:
+        for path in pictures(parsed.folders, Path(parsed.png) if parsed.png else None):
+            print(path)
+    return int(Exit.DONE)
+
+
+def _explain(parsed: argparse.Namespace) -> int:
+    from farspan.launch.explain import explain
+
+    print(explain(parsed.explain))
     return int(Exit.DONE)
 
 

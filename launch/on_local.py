@@ -55,6 +55,7 @@ class Local:
 
     ranks: int | Literal["auto"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the ranks compute; auto: on GPUs where this machine has them."""
     retries: int = 3
     threads: int | Literal["auto"] = "auto"
     timeout: float = 600

@@ -53,6 +53,7 @@ class Ray:
     nodes: int = 1
     ranks: int | Literal["auto"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the ranks compute; auto: on GPUs where this machine has them."""
     address: str | None = None
     retries: int = 3
     threads: int | Literal["auto"] = "auto"

@@ -8,14 +8,14 @@ from pathlib import Path
 from statistics import median
 
 from farspan.launch import pulse
-from farspan.launch.chart import CROWDED, SCRIPT, STYLE, Curve, draw, look
+from farspan.launch.chart import CROWDED, SCRIPT, STYLE, Chart, Curve, draw, look
 from farspan.platform.metrics import FILE, Line, attempt_of, is_evaluation, latest, read, step_of
 
 CHARTS = (
     # key, title, unit, whether the axis begins at zero, whether steps scatter
     ("loss", "Training loss", "mean over the step", False, True),
     ("eval_loss", "Held-out loss", "mean over the evaluation", False, False),
-    ("rate", "Learning rate", "", True, False),
+    ("rate", "Learning rate", "of each step", True, False),
     ("grad_norm", "Gradient norm", "before clipping", False, True),
     ("tokens_per_second", "Throughput", "tokens per second", True, True),
     ("mfu", "Model FLOPs utilisation (MFU)", "% of peak", True, True),
@@ -65,14 +65,38 @@ def report(folders: Sequence[Path], out: Path | None = None) -> Path:
 
     Raises ValueError for a folder that is no run and for damaged metrics.
     """
-    if not folders:
-        raise ValueError("report: no run folder given; name at least one, such as runs/quickstart")
-    names = _names(folders)
-    runs = [_load(folder, names[style], style) for style, folder in enumerate(folders)]
+    runs = _all(folders)
     target = folders[0] / "report.html" if out is None else out
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(_page(runs), encoding="utf-8")
     return target
+
+
+def pictures(folders: Sequence[Path], inside: Path | None = None) -> list[Path]:
+    """Write a PNG of each chart and one of all together, `overview.png`, and return where they are, that one first.
+
+    They go into the folder `inside` (default: plots in the first run folder). Raises ValueError like `report`, where
+    matplotlib is missing, and where there is nothing to draw.
+    """
+    runs = _all(folders)
+    inside = folders[0] / "plots" if inside is None else inside
+    if any((inside / part).is_file() for part in ("config.yaml", FILE)):
+        raise ValueError(f"--png {inside}: is a run folder; write --png after the runs, or --png=DIR")
+    try:
+        from farspan.launch import plot  # matplotlib takes a second: only who wants pictures waits
+    except ImportError as error:
+        raise ValueError(f"--png: {error}; pip install farspan[report]") from error
+    charts = _quantities(runs)
+    if not charts:
+        raise ValueError(f"--png: no metrics to draw yet in {', '.join(map(str, folders))}; train first")
+    return plot.write(charts, inside)
+
+
+def _all(folders: Sequence[Path]) -> list[_Run]:
+    if not folders:
+        raise ValueError("report: no run folder given; name at least one, such as runs/quickstart")
+    names = _names(folders)
+    return [_load(folder, names[style], style) for style, folder in enumerate(folders)]
 
 
 def _load(folder: Path, name: str, style: int) -> _Run:
@@ -214,22 +238,30 @@ def _key(kind: str, line: str) -> str:
 
 def _charts(runs: Sequence[_Run]) -> str:
     parts = []
+    for chart in _quantities(runs):
+        title = f"{chart.title} <small>{chart.unit}</small>"
+        parts.append(f'<figure id="{chart.key}"><figcaption>{title}</figcaption>{draw(chart)}</figure>')
+    return f'<section class="charts">{"".join(parts)}</section>'
+
+
+def _quantities(runs: Sequence[_Run]) -> list[Chart]:
+    """A chart for each quantity that at least one run has recorded."""
+    found = []
     for key, title, unit, zero, noisy in CHARTS:
         scale = 100.0 if key == "mfu" else 1.0
         curves = [
             Curve(
                 name=run.name,
                 style=run.style,
-                points=[(step, value * scale) for step, value in run.series(key)],
+                points=[(step, value * scale) for step, value in points],
                 marks=run.restarts() if key == "loss" else (),
             )
             for run in runs
-            if run.series(key)
+            if (points := run.series(key))
         ]
         if curves:
-            picture = draw(curves, label=f"{title} over steps", zero=zero, noisy=noisy)
-            parts.append(f'<figure id="{key}"><figcaption>{title} <small>{unit}</small></figcaption>{picture}</figure>')
-    return f'<section class="charts">{"".join(parts)}</section>'
+            found.append(Chart(key=key, title=title, unit=unit, zero=zero, noisy=noisy, curves=curves))
+    return found
 
 
 def _configs(runs: Sequence[_Run]) -> Iterator[str]:

@@ -26,6 +26,9 @@ MAY_CHANGE = ("train.steps", "parallel", "launch", "checkpoint", "metrics")
 """What a resumed run may do differently from its own configuration."""
 
 
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """Everything of one configuration file."""
@@ -45,6 +48,12 @@ class Run:
         tree = {**config.encode(self.job), "launch": config.encode(self.launch, Launch)}
         found: Plain = config.unresolved(tree, self.raw)
         return found
+
+
+def shipped(path: Path) -> Path:
+    """`configs/quickstart.yaml` means the one that is installed, where the working folder has none."""
+    installed = CONFIGS / path.name
+    return installed if not path.exists() and path.parent.name == "configs" and installed.exists() else path
 
 
 def decode(source: Source, notes: Callable[[str], None] = lambda _: None, world: int | None = None) -> Run:

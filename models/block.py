@@ -1,24 +1,34 @@
 """A block: tokens look at each other, then each thinks for itself; both added to what was there."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from farspan.kernels.random import Normal
 from farspan.models.ffns import Ffn
 from farspan.models.mixers import Mixer
 from farspan.models.mixers.softmax import Angles
-from farspan.models.norm import RMSNorm
+from farspan.models.norm import Norm
 from farspan.parallel.context.local import Local
+from farspan.parallel.context.shard import Documents
+
+NormPlacement = Literal["pre", "post", "peri"]
+Branch = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """A run of `repeat` equal layers. A null mixer or ffn is absent, with its norm."""
+    """A run of `repeat` equal layers. A null mixer or ffn is absent, with its norms."""
 
     repeat: int = 1
+    """How many such layers follow each other."""
     mixer: Mixer | None
+    """What lets tokens see each other; null: nothing."""
     ffn: Ffn | None
+    """What each token does for itself; null: nothing."""
 
     def __post_init__(self) -> None:
         if self.repeat < 1:
@@ -26,19 +36,44 @@ class Block:
         if self.mixer is None and self.ffn is None:
             raise ValueError("mixer=null and ffn=null: the block does nothing; leave it out instead")
 
-    def build(self, width: int, depth: int, eps: float, context: Local) -> "Layer":
-        return Layer(self, width, depth, eps, context)
+    def build(self, width: int, depth: int, norm: Norm, placement: NormPlacement, context: Local) -> "Layer":
+        return Layer(self, width, depth, norm, placement, context)
+
+
+def _pre(x: Tensor, branch: Branch, norm: Branch, _: Branch) -> Tensor:
+    return x + branch(norm(x))
+
+
+def _post(x: Tensor, branch: Branch, norm: Branch, _: Branch) -> Tensor:
+    return norm(x + branch(x))
+
+
+def _peri(x: Tensor, branch: Branch, norm: Branch, norm_out: Branch) -> Tensor:
+    return x + norm_out(branch(norm(x)))
 
 
 class Layer(nn.Module):
-    """One layer with pre-norm residuals: x + mixer(norm(x)), then x + ffn(norm(x))."""
+    """One layer: x meets its mixer, then its ffn, in one of three ways.
 
-    def __init__(self, config: Block, width: int, depth: int, eps: float, context: Local) -> None:
+    pre: x + F(N(x)). post: N(x + F(x)) (Vaswani et al., 2017). peri: x + N_out(F(N(x))) (Kim et al., 2025,
+    arXiv 2502.02732). All begin with the same weights: a branch's last product is shrunk by √(2·depth). Under pre the
+    sum of all branches then has a variance near one. Under post each branch is a small step from x, so that gradients
+    keep their size at any depth, which branches as large as x would change geometrically (Xiong et al., 2020). Under
+    peri the outer norm takes any scale away again, and each branch adds a variance of one.
+    """
+
+    def __init__(
+        self, config: Block, width: int, depth: int, norm: Norm, placement: NormPlacement, context: Local
+    ) -> None:
         super().__init__()
-        self.mixer = config.mixer.build(width, depth, eps, context) if config.mixer else None
-        self.mixer_norm = RMSNorm(width, eps) if config.mixer else None
+        self.width, self.rotation = width, config.mixer.rotation(width) if config.mixer else None
+        self.join = {"pre": _pre, "post": _post, "peri": _peri}[placement]
+        self.mixer = config.mixer.build(width, depth, norm.eps, context) if config.mixer else None
         self.ffn = config.ffn.build(width, depth) if config.ffn else None
-        self.ffn_norm = RMSNorm(width, eps) if config.ffn else None
+        self.mixer_norm = norm.build(width) if config.mixer else nn.Identity()
+        self.ffn_norm = norm.build(width) if config.ffn else nn.Identity()
+        self.mixer_norm_out = norm.build(width) if config.mixer and placement == "peri" else nn.Identity()
+        self.ffn_norm_out = norm.build(width) if config.ffn and placement == "peri" else nn.Identity()
 
     def initial(self) -> dict[str, Normal]:
         return {}
@@ -46,9 +81,17 @@ class Layer(nn.Module):
     def flops(self, lengths: tuple[int, ...]) -> int:
         return sum(part.flops(lengths) for part in (self.mixer, self.ffn) if part is not None)
 
-    def forward(self, x: Tensor, angles: Angles | None, cu_seqlens: Tensor | None) -> Tensor:
-        if self.mixer is not None and self.mixer_norm is not None:
-            x = x + self.mixer(self.mixer_norm(x), angles, cu_seqlens)
-        if self.ffn is not None and self.ffn_norm is not None:
-            x = x + self.ffn(self.ffn_norm(x))
+    def example(self, rows: int, length: int) -> tuple[Tensor, Angles | None, Documents]:
+        """Arguments of `forward` for rows of one document each, on the weights' device: to measure the layer with."""
+        weight = next(self.parameters())
+        x = torch.empty(rows, length, self.width, dtype=weight.dtype, device=weight.device, requires_grad=True)
+        positions = torch.zeros(rows, length, dtype=torch.int64, device=weight.device)
+        angles = None if self.rotation is None else self.rotation[0].angles(positions, self.rotation[1])
+        return x, angles, Documents()
+
+    def forward(self, x: Tensor, angles: Angles | None, documents: Documents) -> Tensor:
+        if (mixer := self.mixer) is not None:
+            x = self.join(x, lambda h: mixer(h, angles, documents), self.mixer_norm, self.mixer_norm_out)
+        if self.ffn is not None:
+            x = self.join(x, self.ffn, self.ffn_norm, self.ffn_norm_out)
         return x

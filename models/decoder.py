@@ -7,37 +7,54 @@ import torch
 from torch import Tensor, nn
 
 from farspan.kernels.random import Normal
-from farspan.models.block import Block
-from farspan.models.loss import summed_loss
+from farspan.models.block import Block, NormPlacement
 from farspan.models.mixers.softmax import Angles
-from farspan.models.norm import RMSNorm
+from farspan.models.norm import Norm, Rms
 from farspan.models.rope import Rope
 from farspan.parallel.context.local import Local
 from farspan.parallel.context.shard import Batch
+from farspan.parallel.placement import Column, Placement
+from farspan.parallel.tensor import Vocabulary, Whole
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decoder:
     width: int
+    """Channels of the residual stream."""
     blocks: tuple[Block, ...]
+    """Runs of equal layers, from the embedding to the head."""
     vocabulary: int | None = None
     """Rows of the embedding and the head; null: the tokenizer's size, rounded up to 64."""
     tied: bool = False
     """The head is the embedding."""
-    norm_eps: float = 1e-5
+    norm: Norm = Rms()
+    """The norm of every layer and of the output."""
+    placement: NormPlacement = "pre"
+    """Where the norms stand, see `farspan.models.block.Layer`. pre and peri norm the last layer's output as well, and
+    peri the embedding, as its paper has it; under post the last layer has done so already."""
 
     def __post_init__(self) -> None:
         if self.width < 1:
             raise ValueError(f"width={self.width}: must be at least 1")
         if not self.blocks:
             raise ValueError("blocks=[]: needs at least one block")
-        if self.norm_eps <= 0:
-            raise ValueError(f"norm_eps={self.norm_eps}: must be positive; 1e-5 is usual")
         if self.vocabulary is not None and self.vocabulary < 2:
             raise ValueError(f"vocabulary={self.vocabulary}: must be at least 2, or null")
         for i, block in enumerate(self.blocks):
             for problem in block.mixer.problems(self.width) if block.mixer else []:
                 raise ValueError(f"blocks.{i}.mixer.{problem}")
+
+    def tensor_problems(self, tp: int) -> list[str]:
+        """What keeps the layers from being spread over `tp` ranks."""
+        found = [
+            f"blocks.{i}.{name}.{problem}"
+            for i, block in enumerate(self.blocks)
+            for name, part in (("mixer", block.mixer), ("ffn", block.ffn))
+            for problem in (part.tensor_problems(tp) if part else [])
+        ]
+        if self.vocabulary is not None and self.vocabulary % tp:
+            found.append(f"vocabulary={self.vocabulary}: must be a multiple of parallel.tp={tp}; null rounds up")
+        return found
 
     @property
     def depth(self) -> int:
@@ -57,16 +74,23 @@ class DecoderModel(nn.Module):
 
     def __init__(self, config: Decoder, vocabulary: int, context: Local) -> None:
         super().__init__()
-        width, depth, eps = config.width, config.depth, config.norm_eps
+        width, depth, norm, placement = config.width, config.depth, config.norm, config.placement
         self.embed = nn.Embedding(vocabulary, width)
         runs = [block for block in config.blocks for _ in range(block.repeat)]
-        self.layers = nn.ModuleList(block.build(width, depth, eps, context) for block in runs)
-        self.norm = RMSNorm(width, eps)
+        layers = [block.build(width, depth, norm, placement, context) for block in runs]
+        self.layers = nn.ModuleList(layers)
+        self.embed_norm = norm.build(width) if placement == "peri" else nn.Identity()
+        self.norm = nn.Identity() if placement == "post" else norm.build(width)
         self.head = None if config.tied else nn.Linear(width, vocabulary, bias=False)
         repeats = [block.repeat for block in config.blocks]
         self.runs = list(zip(accumulate([0, *repeats]), repeats, strict=False))
         """(first layer, how many) of each run of equal layers."""
-        self.rotations = [block.mixer.rotation(width) if block.mixer else None for block in runs]
+        self.vocabulary: Vocabulary = Whole()
+        self.rotations = [layer.rotation for layer in layers]
+
+    def placements(self) -> dict[str, Placement]:
+        names = ["embed.weight"] if self.head is None else ["embed.weight", "head.weight"]
+        return dict.fromkeys(names, Column())
 
     def initial(self) -> dict[str, Normal]:
         std = self.embed.embedding_dim**-0.5
@@ -80,14 +104,14 @@ class DecoderModel(nn.Module):
 
     def forward(self, batch: Batch, at: Tensor | None = None) -> Tensor:
         """Without `at`: the summed loss of the batch, in nats. With `at` (int64 places in row 0): N V logits."""
-        x = self.embed(batch.tokens)  # B T D
+        x = self.embed_norm(self.vocabulary.embed(batch.tokens, self.embed.weight))  # B T D
         angles = self.angles(batch.positions)
         for layer, rotation in zip(self.layers, self.rotations, strict=True):
-            x = layer(x, None if rotation is None else angles[rotation], batch.cu_seqlens)
+            x = layer(x, None if rotation is None else angles[rotation], batch.documents)
         head = self.embed.weight if self.head is None else self.head.weight
         if at is not None:
-            return self.norm(x[0, at]) @ head.T
-        return summed_loss(self.norm(x), head, batch.labels)
+            return self.vocabulary.logits(self.norm(x), head, at)
+        return self.vocabulary.loss(self.norm(x), head, batch.labels)
 
     def angles(self, positions: Tensor) -> dict[tuple[Rope, int], Angles]:
         """The rotations that the layers use, each computed once."""

@@ -1,10 +1,45 @@
-"""Root-mean-square normalisation (Zhang and Sennrich, 2019)."""
+"""Normalisation of each token by itself: by its root mean square, or by mean and variance."""
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from farspan.kernels.random import Normal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rms:
+    """RMSNorm (Zhang and Sennrich, 2019)."""
+
+    eps: float = 1e-5
+    """Added to the mean square under the root."""
+
+    def __post_init__(self) -> None:
+        _check_eps(self.eps)
+
+    def build(self, width: int) -> "RMSNorm":
+        return RMSNorm(width, self.eps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """LayerNorm (Ba et al., 2016)."""
+
+    eps: float = 1e-5
+    """Added to the variance under the root."""
+    bias: bool = True
+    """A learned shift besides the learned scale."""
+
+    def __post_init__(self) -> None:
+        _check_eps(self.eps)
+
+    def build(self, width: int) -> "LayerNorm":
+        return LayerNorm(width, self.eps, self.bias)
+
+
+Norm = Rms | Layer
 
 
 class RMSNorm(nn.Module):
@@ -23,3 +58,27 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean(x)) / deviation(x) · weight + bias over the last dimension, in at least fp32 inside."""
+
+    def __init__(self, width: int, eps: float, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.empty(width)) if bias else None
+        self.eps = eps
+
+    def initial(self) -> dict[str, Normal]:
+        return {"weight": Normal(1.0, 0.0)} | ({} if self.bias is None else {"bias": Normal(0.0, 0.0)})
+
+    def flops(self, lengths: tuple[int, ...]) -> int:
+        return 0  # no products: bandwidth, not arithmetic
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+def _check_eps(eps: float) -> None:
+    if eps <= 0:
+        raise ValueError(f"eps={eps}: must be positive; 1e-5 is usual")

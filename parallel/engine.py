@@ -6,12 +6,14 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from farspan.kernels.random import Normal
-from farspan.parallel import fsdp, recompute
+from farspan.parallel import fsdp, recompute, tensor
 from farspan.parallel.context.shard import Batch
 from farspan.parallel.fsdp import local
-from farspan.parallel.mesh import Mesh
+from farspan.parallel.mesh import Gather, Mesh
+from farspan.parallel.placement import Pieces
 
 
 class Optimizer(Protocol):
@@ -25,7 +27,7 @@ class Optimizer(Protocol):
 
 
 class Engine:
-    """Owns the placed model. Order: recompute, compile, shard, materialise."""
+    """Owns the placed model. Order: cut and spread over tp, recompute, compile, shard, materialise."""
 
     def __init__(
         self,
@@ -36,20 +38,30 @@ class Engine:
         *,
         seed: int,
         compute: torch.dtype | None = None,
-        recomputing: recompute.Recompute = "none",
+        kept: float | None = None,
         compiled: bool = False,
+        gather: Gather = "layer",
     ) -> None:
-        """`model` lives on the meta device; `layers` are its units of sharding, `starts` its first values."""
+        """`model` lives on the meta device; `layers` are its units of sharding, `starts` its first values.
+
+        kept: what stays of each layer until its backward, as `recompute.apply` has it; None: all of it.
+        """
+        shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+        pieces = tensor.cut(model, mesh.sizes.tp)
+        if mesh.sizes.tp > 1:
+            tensor.spread(model, mesh.tensor)
         for layer in layers:
-            recompute.apply(layer, recomputing)
+            recompute.apply(layer, kept, mesh.sizes.tp)
             if compiled:
                 layer.forward = torch.compile(layer.forward)
-        fsdp.shard(model, layers, mesh, compute)
-        fsdp.materialise(model, dict(starts), mesh.device, seed)
-        self.model = model
-        self.mesh = mesh
-        self.weights = dict(model.named_parameters())
-        """The sharded weights by name: DTensors that keep their identity while the model gathers and frees copies."""
+        fsdp.shard(model, layers, mesh, compute, gather)
+        model.to_empty(device=mesh.device)
+        self.model, self.mesh, self.gather = model, mesh, gather
+        self._parts = Parts(dict(model.named_parameters()), shapes, pieces, mesh)
+        self.weights = self._parts.weights
+        """The weights by name: DTensors of whole shape that keep their identity while the model gathers and frees
+        copies. After `forward_backward` their `.grad` is this rank's part of the whole gradient."""
+        fsdp.fill(self.weights, starts, seed)
 
     def forward_backward(self, batches: Sequence[Batch], labels: float) -> Tensor:
         """Adds the gradients of one step's micro-batches; returns this rank's part of the loss, a device scalar.
@@ -61,10 +73,16 @@ class Engine:
             last = i == len(batches) - 1
             self.model.set_is_last_backward(last)  # type: ignore[operator]
             self.model.set_requires_all_reduce(last)  # type: ignore[operator]
-            loss = self.model(batch.to(self.mesh.device)) / labels
+            self.model.set_reshard_after_backward(last or self.gather == "layer")  # type: ignore[operator]
+            loss = self.model(self._placed(batch)) / labels
             loss.backward()
             total += loss.detach()
+        self._parts.finish()
         return total
+
+    def _placed(self, batch: Batch) -> Batch:
+        """The batch on the device, its rows as long as tp can cut them."""
+        return batch.padded(self.mesh.sizes.tp).to(self.mesh.device)
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum of a device scalar over the ranks that hold different data."""
@@ -75,21 +93,78 @@ class Engine:
 
     def gradient_norm(self) -> Tensor:
         """The Euclidean norm of the whole gradient, each weight counted once, as a device scalar in fp64."""
-        parts = [local(w.grad) for w in self.weights.values() if w.grad is not None]
-        norms = torch._foreach_norm([part for part in parts if part.numel()])
-        zero = torch.zeros(1, dtype=torch.float64, device=self.mesh.device)
-        squares = torch.cat([zero, *(norm.double().square().view(1) for norm in norms)]).sum()
+        gradients = {name: local(w.grad) for name, w in self.weights.items() if w.grad is not None}
+        squares = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        for copies in {self._parts.copies(name): None for name in gradients}:
+            parts = [g for name, g in gradients.items() if g.numel() and self._parts.copies(name) == copies]
+            if parts:
+                squares += torch.stack(torch._foreach_norm(parts)).double().square().sum() / copies
         dist.all_reduce(squares, group=self.mesh.weights.get_group("shard"))  # copies in `replicate` are equal
+        if self.mesh.sizes.tp > 1:
+            dist.all_reduce(squares, group=self.mesh.tensor.handle)
         return squares.sqrt()
 
     def clear(self) -> None:
         """Drops the gradients."""
-        for weight in self.weights.values():
-            weight.grad = None
+        self._parts.clear()
 
     def evaluate(self, batch: Batch, at: Tensor | None = None) -> Tensor:
         """The model's answer without gradients: summed loss, or logits at places `at` of row 0."""
         with torch.no_grad():
-            answer: Tensor = self.model(batch.to(self.mesh.device), at)
-        self.model.reshard()  # type: ignore[operator]
+            answer: Tensor = self.model(self._placed(batch), at)
+        for unit in fsdp.units(self.model):
+            unit.reshard()
         return answer
+
+
+class Parts:
+    """The weights as their owners hold them (sharded parts of tp's pieces) and as everyone else sees them: whole."""
+
+    def __init__(
+        self,
+        held: Mapping[str, Tensor],
+        shapes: Mapping[str, tuple[int, ...]],
+        pieces: Mapping[str, Pieces],
+        mesh: Mesh,
+    ) -> None:
+        self._held, self._shapes, self._pieces, self._mesh = held, shapes, pieces, mesh
+        self.weights: dict[str, DTensor] = {name: self._whole(name, weight) for name, weight in held.items()}
+
+    def copies(self, name: str) -> int:
+        """How many ranks of tp hold the same part of a weight."""
+        return self._pieces[name].copies
+
+    def finish(self) -> None:
+        """After the last backward of a step: copies' gradients are summed, and every gradient is seen whole.
+
+        What several ranks of tp hold has met other tokens or other heads on each: only the sum is its gradient.
+        """
+        if self._mesh.sizes.tp == 1:
+            return
+        for copies in sorted({pieces.copies for pieces in self._pieces.values()} - {1}):
+            shared = [w.grad for name, w in self._held.items() if w.grad is not None and self.copies(name) == copies]
+            parts = [local(gradient) for gradient in shared]
+            flat = torch.cat([part.flatten() for part in parts])
+            dist.all_reduce(flat, group=self._mesh.pieces(copies).get_group("copies"))
+            torch._foreach_copy_(
+                parts, [f.view_as(p) for f, p in zip(flat.split([p.numel() for p in parts]), parts, strict=True)]
+            )
+        for name, weight in self._held.items():
+            self.weights[name].grad = None if weight.grad is None else self._whole(name, weight.grad)
+
+    def clear(self) -> None:
+        for name, weight in self._held.items():
+            weight.grad = self.weights[name].grad = None
+
+    def _whole(self, name: str, tensor: Tensor) -> DTensor:
+        """`tensor`, sharded like a held weight, as a part of the weight of whole shape; memory is shared."""
+        if self._mesh.sizes.tp == 1:
+            assert isinstance(tensor, DTensor)
+            return tensor
+        pieces, shape = self._pieces[name], self._shapes[name]
+        mesh = self._mesh.pieces(pieces.copies)
+        placements = (Replicate(), Replicate(), Shard(pieces.dim), Replicate(), Shard(0))  # one for each axis of pieces
+        strides = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(
+            local(tensor).detach(), mesh, placements, run_check=False, shape=torch.Size(shape), stride=strides
+        )

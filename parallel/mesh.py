@@ -9,9 +9,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from farspan.parallel.comm import Group
 from farspan.parallel.context import Auto, Context
 
-Axis = Literal["pp", "dp", "cp", "tp", "edp", "ep", "etp", "replicate", "shard"]
+Axis = Literal["pp", "dp", "cp", "tp", "edp", "ep", "etp", "replicate", "shard", "parts", "copies"]
+Gather = Literal["layer", "step"]
 Size = int | Literal["auto"]
 
 
@@ -24,11 +26,23 @@ class Parallel:
     shard: Size = "auto"
     """Ranks of dp·cp that hold one copy of the weights between them; fewer than all is hybrid sharding."""
     cp: int = 1
+    """Context parallel: ranks that cut each sequence between them."""
     tp: int = 1
+    """Tensor parallel: ranks that cut each weight between them."""
     pp: int = 1
+    """Pipeline parallel: ranks that cut the layers between them."""
     ep: int = 1
+    """Expert parallel: ranks that deal out the experts between them."""
     etp: int = 1
+    """Ranks that cut each expert between them."""
     context: Context = Auto()
+    gather: Gather | Literal["auto"] = "auto"
+    """How long a gathered weight stays: `layer` frees it after each forward and backward; `step` keeps it, in the type
+    of products, through all micro-batches: fewer gathers for more memory. auto: step where shard is 1."""
+
+    def gathering(self, sizes: "Sizes") -> Gather:
+        """`gather` with `auto` resolved: one rank that holds all weights would copy them over and over for nothing."""
+        return ("step" if sizes.shard == 1 else "layer") if self.gather == "auto" else self.gather
 
     def problems(self, world: int) -> list[str]:
         """What keeps these sizes from covering `world` ranks."""
@@ -38,8 +52,8 @@ class Parallel:
             if isinstance(size := getattr(self, axis), int) and size < 1
         ]
         found += [
-            f"parallel.{axis}={size}: this version trains with {axis}=1 only; set it to 1 and give the ranks to dp"
-            for axis in ("cp", "tp", "pp", "ep", "etp")
+            f"parallel.{axis}={size}: this version trains with {axis}=1 only; give the ranks to dp or tp"
+            for axis in ("cp", "pp", "ep", "etp")
             if (size := getattr(self, axis)) > 1
         ]
         if found:
@@ -93,6 +107,11 @@ class Sizes:
     def replicate(self) -> int:
         return self.dp * self.cp // self.shard
 
+    def pieces(self, copies: int) -> torch.Tensor:
+        """All ranks by PIECES, for weights of which `copies` ranks of tp hold the same part."""
+        ranks = torch.arange(self.world).view(self.pp, self.replicate, self.shard, self.tp // copies, copies)
+        return ranks.permute(0, 1, 3, 4, 2)
+
     def view(self, axes: tuple[Axis, ...]) -> tuple[int, ...]:
         """The sizes of `axes`, which must cover the world."""
         sizes = tuple(int(getattr(self, axis)) for axis in axes)
@@ -102,14 +121,15 @@ class Sizes:
 
 DENSE: tuple[Axis, ...] = ("pp", "dp", "cp", "tp")
 EXPERT: tuple[Axis, ...] = ("pp", "edp", "ep", "etp")
-WEIGHTS: tuple[Axis, ...] = ("pp", "replicate", "shard", "tp")
+PIECES: tuple[Axis, ...] = ("pp", "replicate", "parts", "copies", "shard")
 
 
 class Mesh:
     """The ranks of this run, and the only maker of process groups.
 
     Ranks are numbered with tp fastest, then cp, then dp, then pp; the expert view cuts the same numbers anew, and
-    the weights' view splits dp·cp into copies (`replicate`) and the ranks that share one (`shard`).
+    the weights' view splits dp·cp into copies (`replicate`) and the ranks that share one (`shard`), and tp into the
+    `parts` that a weight is cut into and the `copies` of each.
     """
 
     def __init__(self, sizes: Sizes, device: torch.device, control: dist.ProcessGroup) -> None:
@@ -118,6 +138,7 @@ class Mesh:
         self.device = device
         self.control = control
         self.rank = dist.get_rank()
+        self._pieces: dict[int, DeviceMesh] = {}
 
     @cached_property
     def dense(self) -> DeviceMesh:
@@ -129,9 +150,21 @@ class Mesh:
 
     @cached_property
     def weights(self) -> DeviceMesh:
-        """What a dense weight is cut over: `shard`, or (`replicate`, `shard`) under hybrid sharding."""
-        view = self._view(WEIGHTS)
+        """What a rank's part of a weight is sharded over: `shard`, or (`replicate`, `shard`) under hybrid sharding."""
+        view = self.pieces(1)
         return view["replicate", "shard"] if self.sizes.replicate > 1 else view["shard"]
+
+    @cached_property
+    def tensor(self) -> Group:
+        """The ranks that tensor parallelism spreads a layer over."""
+        return Group(self.dense.get_group("tp"))
+
+    def pieces(self, copies: int) -> DeviceMesh:
+        """The ranks by PIECES: a weight is cut into its parts first, and each part over `shard`."""
+        if copies not in self._pieces:
+            ranks = self.sizes.pieces(copies)
+            self._pieces[copies] = DeviceMesh(self.device.type, ranks, mesh_dim_names=PIECES)
+        return self._pieces[copies]
 
     def index(self, axis: Axis) -> int:
         """This rank's place along an axis of the dense view."""

@@ -26,6 +26,8 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType,
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from farspan.parallel.fsdp import local
+
 MANIFEST = "manifest.json"
 LATEST = "LATEST"
 FORMAT = 1
@@ -142,6 +144,7 @@ class Saver:
     def __init__(self, root: Path, keep: int, control: dist.ProcessGroup, say: Say) -> None:
         self.root, self.keep, self.control, self.say = root, keep, control, say
         self._stager: DefaultStager | None = None
+        self._prepared: Any = None
         self._pending: tuple[int, AsyncSaveResponse] | None = None
         self.failures = 0
         """How many saves this rank saw fail in a row."""
@@ -155,20 +158,32 @@ class Saver:
         """Whether the last save failed and should be made again soon: a few times, then at the next regular turn."""
         return 0 < self.failures < self.TRIES
 
-    def start(self, step: int, state: State, manifest: dict[str, Any]) -> None:
-        """Begins a save. The state may change again once `staged` has returned."""
-        self.finish()
+    def prepare(self, state: State) -> None:
+        """Makes the memory that saves copy a GPU's state into, in a thread: pinning it takes longer than many steps."""
+        if any(local(tensor).is_cuda for tensor in state.values()):
+            self._prepared = self._copies().stage(dict(state))
+
+    def _copies(self) -> DefaultStager:
+        """What copies the state aside; its memory is kept from save to save."""
         if self._stager is None:
             cuda = torch.cuda.is_available()
             self._stager = DefaultStager(StagingOptions(use_pinned_memory=cuda, use_non_blocking_copy=cuda))
             self._stager._state_dict_stager = _Copies(pin_memory=cuda, share_memory=True)
+        return self._stager
+
+    def start(self, step: int, state: State, manifest: dict[str, Any]) -> None:
+        """Begins a save. The state may change again once `staged` has returned."""
+        self.finish()
+        if self._prepared is not None:
+            wait([self._prepared])  # its failure would be the save's as well
+            self._prepared = None
         self._clear(step)
         response = state_dict_saver.async_save(
             dict(state),
             storage_writer=_Writer(self.root, step, manifest, self.keep),
             process_group=self.control,
             async_checkpointer_type=AsyncCheckpointerType.PROCESS,
-            async_stager=self._stager,
+            async_stager=self._copies(),
         )
         assert isinstance(response, AsyncSaveResponse)
         self._pending = (step, response)

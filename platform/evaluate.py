@@ -9,14 +9,16 @@ import torch.distributed as dist
 from farspan.kernels.random import key, uniform
 from farspan.parallel.context.shard import IGNORE, Batch
 from farspan.parallel.engine import Engine
-from farspan.platform.data.pack import Rows
-from farspan.platform.data.tokenizer import Tokenizer
+from farspan.platform.data.corpus import Language
+from farspan.platform.data.row import Rows, collate
 
 
-def held_out_loss(engine: Engine, rows: Rows, limit: int, micro_batch: int, beat: Callable[[], None]) -> float:
+def held_out_loss(
+    engine: Engine, rows: Rows, end: int, *, limit: int, micro_batch: int, beat: Callable[[], None]
+) -> float:
     """Mean loss in nats over the labels of the first `limit` held-out rows; every rank reads its share.
 
-    `beat` is called for every batch: a sign of life.
+    Rows are filled up with `end`. `beat` is called for every batch: a sign of life.
     """
     mesh = engine.mesh
     dp, rank = mesh.sizes.dp, mesh.index("dp")
@@ -25,7 +27,7 @@ def held_out_loss(engine: Engine, rows: Rows, limit: int, micro_batch: int, beat
     rounds = -(-min(limit, len(rows)) // (dp * micro_batch))  # the same on every rank: forwards are collective
     for i in range(rounds):
         numbers = mine[i * micro_batch : (i + 1) * micro_batch]
-        batch = rows.batch(numbers or [0])
+        batch = collate([rows.row(number) for number in numbers or [0]], end)
         beat()
         if not numbers:
             batch = replace(batch, labels=torch.full_like(batch.labels, IGNORE), valid=0)
@@ -37,7 +39,7 @@ def held_out_loss(engine: Engine, rows: Rows, limit: int, micro_batch: int, beat
 
 def sample(
     engine: Engine,
-    tokenizer: Tokenizer,
+    tokenizer: Language,
     prompt: str,
     *,
     tokens: int,

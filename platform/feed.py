@@ -39,9 +39,13 @@ class Feed:
         control: dist.ProcessGroup,
         flops: Callable[[tuple[int, ...]], float],
         wishes: Callable[[], tuple[bool, bool]],
+        readers: int,
     ) -> None:
-        """`wishes` tells whether this rank was asked to stop and whether its last save failed."""
-        self.loader, self.control, self.flops, self.wishes = loader, control, flops, wishes
+        """`wishes` tells whether this rank was asked to stop and whether its last save failed.
+
+        `readers` ranks each read the same batches: dp times them is the world.
+        """
+        self.loader, self.control, self.flops, self.wishes, self.readers = loader, control, flops, wishes, readers
 
     def __iter__(self) -> Iterator[Work]:
         steps = iter(self.loader)
@@ -49,7 +53,7 @@ class Feed:
         while True:
             batches, sums, pending = ahead
             pending.wait()
-            labels, tokens, flops, stop, failed = sums.tolist()
+            labels, tokens, flops, stop, failed = (sums / self.readers).tolist()
             ahead = self._post(next(steps))
             yield Work(
                 batches=batches,

@@ -4,10 +4,11 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
+from farspan.models.mixers import Softmax
 from farspan.models.zoo import Model
 from farspan.parallel.mesh import Parallel
-from farspan.parallel.recompute import Recompute
-from farspan.platform.data import Data
+from farspan.parallel.recompute import KEEP, Recompute
+from farspan.platform.data import Data, Mixture
 from farspan.platform.metrics import Metrics
 from farspan.platform.optim import Optim
 from farspan.platform.schedule import Schedule
@@ -32,7 +33,9 @@ class Sample:
     """A continuation written when training ends."""
 
     prompt: str
+    """The text that is continued."""
     tokens: int = 200
+    """How many tokens are written."""
     temperature: float = 0.8
     """0 takes the likeliest token each time."""
 
@@ -48,6 +51,7 @@ class Train:
     """The loop."""
 
     steps: int
+    """Optimizer steps from the beginning of the run, those before a resume included."""
     batch: int
     """Rows per optimizer step over all ranks: a multiple of dp."""
     micro_batch: int | None = None
@@ -55,6 +59,9 @@ class Train:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Type of products; weights, gradients and optimizer state stay fp32. auto: bf16 on a GPU, fp32 on a CPU."""
     recompute: Recompute = "none"
+    """What of a layer the backward computes again: nothing; the block but for attention; or all but chosen products."""
+    keep: float | None = None
+    """With recompute: selective, the share of the products' bytes that stays; null: 0.5."""
     compile: bool = False
     """torch.compile for each layer."""
     deterministic: bool = False
@@ -69,6 +76,18 @@ class Train:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: must be at least 1")
+        if self.keep is not None and self.recompute != "selective":
+            raise ValueError(
+                f"keep={self.keep}: recompute={self.recompute} has no use for it; set recompute: selective"
+            )
+        if self.keep is not None and not 0 < self.keep <= 1:
+            raise ValueError(f"keep={self.keep}: must be more than 0 and at most 1; recompute: block keeps nothing")
+
+    @property
+    def kept(self) -> float | None:
+        """The share of the products' bytes that stays; None: whatever the backward needs does."""
+        shares = {"none": None, "block": 0.0, "selective": KEEP if self.keep is None else self.keep}
+        return shares[self.recompute]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,11 +111,16 @@ class Job:
     name: str
     """Names the run folder runs/<name>."""
     seed: int = 0
+    """Decides the first weights, the order of the data, and every other random choice."""
     model: Model
+    """What is trained."""
     data: Data
+    """What it is trained on."""
     train: Train
     optim: Optim
+    """How weights move along their gradients."""
     schedule: Schedule
+    """How the learning rate changes over the steps."""
     parallel: Parallel = Parallel()
     checkpoint: Checkpoint = Checkpoint()
     metrics: Metrics = Metrics()
@@ -111,11 +135,26 @@ class Job:
         if not found and self.train.batch % (dp := self.parallel.sizes(world).dp):
             near = max(dp, round(self.train.batch / dp) * dp)
             found.append(f"train.batch={self.train.batch}: must be a multiple of dp={dp}; try {near}")
+        if self.parallel.tp > 1:
+            found += [f"model.{problem}" for problem in self.model.tensor_problems(self.parallel.tp)]
         warmup = self.schedule.warmup
         if warmup >= self.train.steps > 1:
             found.append(
                 f"schedule.warmup={warmup}: must be less than train.steps={self.train.steps}; try 0 for a short trial"
             )
         if self.train.evaluate and self.data.held_out == 0:
-            found.append("data.held_out=0: train.evaluate needs held-out documents; try 0.01, or evaluate: null")
+            place = "data.sources.0.data.held_out" if isinstance(self.data, Mixture) else "data.held_out"
+            found.append(f"{place}=0: train.evaluate needs held-out documents; try 0.01, or evaluate: null")
+        return found + (self._one_way() if self.data.both_ways else [])
+
+    def _one_way(self) -> list[str]:
+        """The mixers that cannot show a prefix both ways."""
+        way = "or set data's objective to bidirectional: false"
+        found = []
+        for i, block in enumerate(self.model.blocks):
+            at, mixer = f"model.blocks.{i}.mixer", block.mixer
+            if isinstance(mixer, Softmax) and mixer.window is not None:
+                found.append(f"{at}.window={mixer.window}: a window hides part of a prefix; set it to null, {way}")
+            elif mixer is not None and not isinstance(mixer, Softmax):
+                found.append(f"{at}: {type(mixer).__name__} cannot see a prefix both ways; use softmax, {way}")
         return found

@@ -1,10 +1,13 @@
 """What a run says about itself: one line a step in `metrics.jsonl`, which is the truth, and sinks that may fail."""
 
+import contextlib
+import importlib.util
 import json
 import math
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +38,33 @@ class Wandb:
     """Copies of the metrics for Weights & Biases; offline runs wait in `RUN/wandb` for `wandb sync`."""
 
     project: str = "farspan"
+    """The project there; a run keeps its id, written once to `RUN/wandb_id`, over restarts and resumes."""
     mode: Literal["offline", "online"] = "offline"
+    """online: sends while training, and needs a network and `wandb login`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """A profile of a few steps in `RUN/traces`: a Chrome trace for Perfetto, and where the time of the steps went."""
+
+    first: int = 10
+    """The first step traced, by the number it has in the metrics; a run resumed beyond it traces only what is left."""
+    steps: int = 3
+    """How many steps in a row; each is slower than usual, and the file grows by megabytes a step."""
+    memory: bool = False
+    """Also a snapshot of the GPU's allocations over these steps, for pytorch.org/memory_viz."""
+    ranks: tuple[int, ...] = (0,)
+    """The ranks that trace, each into files of its own."""
+
+    def __post_init__(self) -> None:
+        if self.first < 1 or self.steps < 1:
+            raise ValueError(f"first={self.first}, steps={self.steps}: steps count from 1; trace: null for none")
+        if not self.ranks or min(self.ranks) < 0 or len(set(self.ranks)) < len(self.ranks):
+            raise ValueError(f"ranks={list(self.ranks)}: name each rank once, from 0; trace: null for none")
+
+    @property
+    def last(self) -> int:
+        return self.first + self.steps - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +74,17 @@ class Metrics:
     every: int = 10
     """Steps between reads of the device: each read waits for the device once."""
     wandb: Wandb | None = None
+    """Copies for Weights & Biases; null: none."""
+    tensorboard: bool = False
+    """Copies for TensorBoard, in `RUN/tensorboard`."""
+    trace: Trace | None = None
+    """A profile of a few steps; null: none."""
 
     def __post_init__(self) -> None:
         if self.every < 1:
             raise ValueError(f"every={self.every}: steps between reads; set it to 1 or more")
+        if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise ValueError("tensorboard=true: the package tensorboard is not here; pip install farspan[report]")
 
 
 @final
@@ -157,70 +193,109 @@ def _words(line: Mapping[str, float | int | None]) -> Iterator[str]:
 
 
 class Sink(Protocol):
-    """A place that gets copies of the lines. Its methods may raise and may be slow; they run in a thread of `Sinks`."""
+    """A place that gets copies of the lines. Its methods may raise and may be slow; they run in threads of `Sinks`."""
 
     def write(self, line: Line) -> None: ...
     def close(self) -> None: ...
+    def abandon(self) -> None:
+        """Let go of what would keep the process from ending. Called after a failure, or from a second thread while
+        another method hangs."""
 
 
 @final
 class Sinks:
     """Hands lines to sinks without ever delaying or ending the training: each sink has a thread and a bounded queue.
 
-    A sink that raises or falls `depth` lines behind is reported once through `say` and dropped.
+    A sink is opened in its thread, imports included. One that raises is reported once through `say` and dropped; one
+    that falls `depth` lines behind misses lines until it catches up, which is said when it begins and counted at the
+    end.
     """
 
-    def __init__(self, sinks: Sequence[Sink], say: Callable[[str], None], depth: int = 10_000) -> None:
-        self._feeds = [_Feed(sink, say, depth) for sink in sinks]
+    def __init__(
+        self, sinks: Mapping[str, Callable[[], Sink]], say: Callable[[str], None], depth: int = 10_000
+    ) -> None:
+        """`sinks`: how to open each, by the name to report it under."""
+        self._feeds = [_Feed(name, opening, say, depth) for name, opening in sinks.items()]
 
     def write(self, line: Line) -> None:
         for feed in self._feeds:
             feed.put(dict(line))
 
     def close(self, timeout: float = 30.0) -> None:
-        """Let every sink finish, and wait for each at most `timeout` seconds."""
+        """Let every sink finish, and wait at most `timeout` seconds for all of them together."""
+        deadline = time.monotonic() + timeout
         for feed in self._feeds:
-            feed.finish(timeout)
+            feed.end()
+        for feed in self._feeds:
+            feed.wait(deadline, timeout)
 
 
 @final
 class _Feed:
     """One sink, its queue and its thread; None in the queue ends it."""
 
-    def __init__(self, sink: Sink, say: Callable[[str], None], depth: int) -> None:
-        self._sink, self._say = sink, say
-        self._queue: queue.Queue[Line | None] = queue.Queue(depth)
+    def __init__(self, name: str, opening: Callable[[], Sink], say: Callable[[str], None], depth: int) -> None:
+        self._name, self._opening, self._say, self._depth = name, opening, say, depth
+        self._queue: queue.SimpleQueue[Line | None] = queue.SimpleQueue()
+        self._sink: Sink | None = None
+        self._missed = 0
         self._dropped = False
-        self._thread = threading.Thread(target=self._work, name=type(sink).__name__, daemon=True)
-        self._thread.start()
+        self._lock = threading.Lock()
+        self._thread = self._start(self._work)
 
-    def put(self, line: Line | None) -> None:
+    def put(self, line: Line) -> None:
         if self._dropped:
             return
-        try:
-            self._queue.put_nowait(line)
-        except queue.Full:
-            self._drop(f"it is {self._queue.maxsize} lines behind")
+        if self._queue.qsize() < self._depth:
+            self._queue.put(line)
+            return
+        self._missed += 1
+        if self._missed == 1:
+            self._say(
+                f"metrics: {self._name} is {self._depth:,} lines behind at step {line['step']} and misses lines "
+                f"until it catches up; {FILE} has them all"
+            )
 
-    def finish(self, timeout: float) -> None:
-        self.put(None)
-        if not self._dropped:
-            self._thread.join(timeout)
-            if self._thread.is_alive():
-                self._drop(f"it did not finish within {timeout:g} s")
+    def end(self) -> None:
+        self._queue.put(None)
+
+    def wait(self, deadline: float, timeout: float) -> None:
+        """Join the thread; one that hangs is left behind, and dies with the process."""
+        self._thread.join(max(0.0, deadline - time.monotonic()))
+        if self._thread.is_alive():
+            lost = self._missed + max(0, self._queue.qsize() - 1)
+            count = f"; at least {lost:,} lines did not reach it" if lost else ""
+            self._drop(f"it did not finish within {timeout:g} s{count}")
+            self._start(self._abandon).join(2.0)
+        elif self._missed and not self._dropped:
+            self._say(f"metrics: {self._name} missed {self._missed:,} lines; {FILE} has them all")
 
     def _work(self) -> None:
         try:
-            while not self._dropped and (line := self._queue.get()) is not None:
+            self._sink = self._opening()
+            while (line := self._queue.get()) is not None:
                 self._sink.write(line)
             self._sink.close()
-        except Exception as error:  # a library of another house: whatever it raises, training goes on
-            self._drop(f"{type(error).__name__}: {error}")
+        except BaseException as error:  # a library of another house, SystemExit too: whatever it raises, we go on
+            self._drop(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+            self._abandon()
+
+    def _abandon(self) -> None:
+        with contextlib.suppress(BaseException):
+            if self._sink is not None:
+                self._sink.abandon()
+
+    def _start(self, work: Callable[[], None]) -> threading.Thread:
+        thread = threading.Thread(target=work, name=self._name, daemon=True)  # never holds up the end of the process
+        thread.start()
+        return thread
 
     def _drop(self, reason: str) -> None:
-        if not self._dropped:
+        with self._lock:
+            if self._dropped:
+                return
             self._dropped = True
-            self._say(f"metrics: {type(self._sink).__name__} gets no more lines ({reason}); {FILE} has them all")
+        self._say(f"metrics: {self._name} gets no more lines ({reason}); {FILE} has them all")
 
 
 def _encode(line: Mapping[str, float | int | None]) -> bytes:

@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
 
 from farspan.models.decoder import DecoderModel
-from farspan.parallel.context.shard import Batch
+from farspan.parallel import recompute, tensor
 from farspan.parallel.mesh import Sizes
 from farspan.platform.job import Job
 from farspan.platform.trainer import compute_type
@@ -20,9 +19,9 @@ class Memory:
     gradients: int
     optimizer: int
     gathered: int
-    """The whole weights of the units that live at once: embedding and head, and two layers."""
+    """The whole weights of the units that live at once: embedding, head and two layers, or all."""
     activations: int
-    """What the layers save for the backward of one micro-batch, measured on the meta device."""
+    """What lives until the backward of one micro-batch, traced on the meta device."""
     logits: int
     """One chunk of the loss, and the head's gradient."""
 
@@ -59,21 +58,23 @@ def plan(job: Job, world: int, device: str) -> Plan:
     sizes = job.parallel.sizes(world)
     length = job.data.sequence_length
     with torch.device("meta"):
-        model = job.model.build(job.data.vocabulary, job.parallel.context.build())
+        whole, held = (job.model.build(job.data.vocabulary, job.parallel.context.build()) for _ in range(2))
+    tensor.cut(held, sizes.tp)
     rows = job.train.batch // sizes.dp
     micro = min(job.train.micro_batch or rows, rows)
     compute = compute_type(job, torch.device(device)) or torch.float32
     return Plan(
-        parameters=sum(weight.numel() for weight in model.parameters()),
-        flops_per_token=3 * model.flops((length,)) / length,
+        parameters=sum(weight.numel() for weight in whole.parameters()),
+        flops_per_token=3 * whole.flops((length,)) / length,
         sizes=sizes,
         micro_batches=-(-rows // micro),
         tokens_per_step=job.train.batch * length,
-        memory=_memory(job, model, sizes, micro, compute),
+        memory=_memory(job, held, sizes, micro, compute),
     )
 
 
 def _memory(job: Job, model: DecoderModel, sizes: Sizes, rows: int, compute: torch.dtype) -> Memory:
+    """Of the pieces that one rank of tp holds; what tp cuts over tokens is counted whole, an upper bound."""
     weights = sum(weight.numel() for weight in model.parameters())
     layers = [sum(weight.numel() for weight in layer.parameters()) for layer in model.layers]
     root = weights - sum(layers)
@@ -83,46 +84,25 @@ def _memory(job: Job, model: DecoderModel, sizes: Sizes, rows: int, compute: tor
         weights=4 * weights // sizes.shard,
         gradients=4 * weights // sizes.shard,
         optimizer=job.optim.bytes_per_weight() * weights // sizes.shard,
-        gathered=(root + 2 * max(layers)) * compute.itemsize,
+        gathered=(weights if job.parallel.gathering(sizes) == "step" else root + 2 * max(layers)) * compute.itemsize,
         activations=_activations(job, model.to(compute), rows),
         logits=chunk * (4 + 4 + compute.itemsize) + 4 * head.numel(),
     )
 
 
 def _activations(job: Job, model: DecoderModel, rows: int) -> int:
-    """Bytes that the layers save: measured layer by layer, equal layers once."""
-    shape = rows, job.data.sequence_length
-    positions = torch.zeros(shape, dtype=torch.int64, device="meta")
-    empty = Batch(tokens=positions, labels=positions, positions=positions, cu_seqlens=None, lengths=(), valid=0)
-    x = torch.empty(
-        *shape, model.embed.embedding_dim, dtype=model.embed.weight.dtype, device="meta", requires_grad=True
-    )
-    angles = model.angles(empty.positions)
-    total, largest = 2 * x.nbytes, 0  # the final norm's input and the hidden gradient that the loss keeps
+    """Bytes that live from forward to backward, and what one layer's backward brings back; equal layers traced once."""
+    length = job.data.sequence_length
+    stream = rows * length * model.embed.embedding_dim * model.embed.weight.dtype.itemsize
+    norms = sum(1 for norm in (model.embed_norm, model.norm) if any(True for _ in norm.parameters()))
+    total, largest = (1 + norms) * stream, 0  # what the outer norms save, and the hidden gradient that the loss keeps
     for first, repeat in model.runs:
-        rotation = model.rotations[first]
-        saved = _saved(model.layers[first], x, None if rotation is None else angles[rotation])
-        total += repeat * (x.nbytes if job.train.recompute == "block" else saved)
-        largest = max(largest, saved)
-    return total + (largest if job.train.recompute == "block" else 0)
-
-
-def _saved(layer: nn.Module, x: Tensor, angles: tuple[Tensor, Tensor] | None) -> int:
-    """Bytes that one layer keeps for its backward, weights and views of one memory counted once."""
-    own = {weight.untyped_storage()._cdata for weight in layer.parameters()}
-    seen: dict[int, int] = {}
-    alive: list[Tensor] = []
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            seen[storage._cdata] = storage.nbytes()
-            alive.append(tensor)  # a freed storage's address could be taken by another
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        layer(x, angles, None)
-    return sum(seen.values())
+        layer = model.layers[first]
+        traced = recompute.trace(layer, *layer.example(rows, length))  # type: ignore[operator]
+        held, again = traced.held(job.train.kept)
+        total += repeat * held
+        largest = max(largest, again)
+    return total + largest
 
 
 def _bytes(size: float) -> str:

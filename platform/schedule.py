@@ -60,6 +60,7 @@ class Constant:
     """The peak after the warm-up, for ever."""
 
     warmup: int = 0
+    """Steps of linear rise."""
 
     def __post_init__(self) -> None:
         if self.warmup < 0:

@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,9 +21,10 @@ from farspan.platform.checkpoint import Saver
 from farspan.platform.data.loader import Loader
 from farspan.platform.feed import Feed, Work
 from farspan.platform.job import Job
-from farspan.platform.metrics import Journal, Line, Metrics, Sink, Sinks, next_attempt, plain
+from farspan.platform.metrics import Journal, Line, Metrics, Sink, Sinks, Wandb, next_attempt, plain
 from farspan.platform.recorder import Recorder, peak
 from farspan.platform.state import RunState
+from farspan.platform.tracing import Tracer
 
 Say = Callable[[str], None]
 
@@ -78,6 +80,8 @@ class Trainer:
         rate = peak(mesh.device, compute)
         self.recorder = Recorder(mesh.device, None if rate is None else rate * mesh.sizes.world)
         self.state = self._restore()
+        if job.checkpoint.every is not None:
+            self.saver.prepare(self._tensors())
         self.sound = torch.ones((), dtype=torch.bool, device=mesh.device)
         """Falls for good at the first step that is not finite, under the policy `stop`."""
         self.save_due = False
@@ -85,14 +89,17 @@ class Trainer:
         self.loader = Loader(
             self.corpus.train,
             start=self.state.rows,
+            end=self.corpus.tokenizer.end,
             batch=job.train.batch,
             micro_batch=self.micro_batch,
             dp_rank=mesh.index("dp"),
             dp=mesh.sizes.dp,
             pin=mesh.device.type == "cuda",
         )
-        self.feed = Feed(self.loader, mesh.control, flops, lambda: (around.stopping(), self.saver.failed))
+        wishes = lambda: (around.stopping(), self.saver.failed)  # noqa: E731
+        self.feed = Feed(self.loader, mesh.control, flops, wishes, readers=mesh.sizes.world // mesh.sizes.dp)
         self.journal, self.sinks = self._journal()
+        self.tracer = Tracer(job.metrics.trace, around.folder, mesh.rank, mesh.device, self.say)
 
     def run(self) -> Outcome:
         """Trains to the last step, or until asked to stop; always leaves the state on disk if it can."""
@@ -108,13 +115,17 @@ class Trainer:
     def _loop(self) -> Outcome:
         work = iter(self.feed)
         while self.state.step < self.job.train.steps:
+            self.tracer.before(self.state.step + 1)
             todo = next(work)
             if todo.stop:
+                self.tracer.close()
                 return self._broken() or self._save_now("preempted", "asked to stop; the state is saved")
             self.save_due |= todo.save_failed
             self.step(todo)
+            self.tracer.after(self.state.step)
             if outcome := self._after():
                 return outcome
+        self.tracer.close()
         return self._end()
 
     def step(self, work: Work) -> None:
@@ -237,7 +248,12 @@ class Trainer:
         assert self.job.train.evaluate is not None
         resume = self.recorder.pause()
         loss = evaluate.held_out_loss(
-            self.engine, self.corpus.held_out, self.job.train.evaluate.rows, self.micro_batch, self._beat
+            self.engine,
+            self.corpus.held_out,
+            self.corpus.tokenizer.end,
+            limit=self.job.train.evaluate.rows,
+            micro_batch=self.micro_batch,
+            beat=self._beat,
         )
         line: Line = {"step": self.state.step, "eval_loss": loss}
         self._write([line])
@@ -263,7 +279,7 @@ class Trainer:
         return {
             "format": checkpoint.FORMAT,
             "state": vars(self.state),
-            "data": {"fingerprint": self.corpus.fingerprint},
+            "data": {"fingerprint": self.corpus.fingerprint, "tokenizer": self.corpus.tokenizer.name},
             "mesh": {**vars(sizes), "world": sizes.world},
             "config": dict(self.around.config),
             "versions": {"torch": torch.__version__},
@@ -277,20 +293,30 @@ class Trainer:
         if step is None:
             return RunState()
         manifest = checkpoint.manifest_of(checkpoint.folder_of(root, step))
-        if (saved := manifest["data"]["fingerprint"]) != self.corpus.fingerprint:
-            raise ValueError(
-                f"data: the corpus has changed since {checkpoint.folder_of(root, step)} (fingerprint {saved[:9]} then, "
-                f"{self.corpus.fingerprint[:9]} now); restore the files, or start a run under a new name"
-            )
+        self._refuse_other_data(manifest["data"], checkpoint.folder_of(root, step))
         checkpoint.load(root, step, self._tensors(), self.mesh.control)
         self.saver.saved = step
         self.say(f"resumed from {checkpoint.folder_of(root, step)}")
         return RunState.of(manifest)
 
+    def _refuse_other_data(self, saved: Mapping[str, str], folder: Path) -> None:
+        """ValueError: a checkpoint that was made with another tokenizer or other documents."""
+        way_out = "or start a run under a new name"
+        if saved["tokenizer"] != (name := self.corpus.tokenizer.name):
+            raise ValueError(
+                f"data: the tokenizer has changed since {folder}: {saved['tokenizer']} then, {name} now; "
+                f"restore its file, {way_out}"
+            )
+        if saved["fingerprint"] != (now := self.corpus.fingerprint):
+            raise ValueError(
+                f"data: the corpus has changed since {folder} (fingerprint {saved['fingerprint'][:9]} then, "
+                f"{now[:9]} now); restore the files, {way_out}"
+            )
+
     def _journal(self) -> tuple[Journal | None, Sinks]:
         """Rank 0 writes; the others do not."""
         if self.mesh.rank != 0:
-            return None, Sinks([], self.say)
+            return None, Sinks({}, self.say)
         folder = self.around.folder
         journal = Journal(folder, max(self.around.attempt, next_attempt(folder)))
         if journal.note:
@@ -300,8 +326,8 @@ class Trainer:
     def _engine(self) -> tuple[Engine, Callable[[tuple[int, ...]], float]]:
         job = self.job
         context = job.parallel.context.build()
-        with torch.device("meta"):
-            model = job.model.build(self.corpus.tokenizer.vocabulary, context)
+        with torch.device("meta"):  # the engine cuts one of the two; the other keeps the whole's shapes, to count by
+            model, whole = (job.model.build(job.data.vocabulary, context) for _ in range(2))
         engine = Engine(
             model,
             list(model.layers),
@@ -309,18 +335,32 @@ class Trainer:
             self.mesh,
             seed=job.seed,
             compute=compute_type(job, self.mesh.device),
-            recomputing=job.train.recompute,
+            kept=job.train.kept,
             compiled=job.train.compile,
+            gather=job.parallel.gathering(self.mesh.sizes),
         )
-        return engine, model.flops
+        return engine, whole.flops
 
 
-def _sinks(metrics: Metrics, folder: Path, config: Mapping[str, Any]) -> list[Sink]:
-    if metrics.wandb is None:
-        return []
-    from farspan.platform.wandb_sink import WandbSink  # takes a second to import: only who wants it waits
+def _sinks(metrics: Metrics, folder: Path, config: Mapping[str, Any]) -> dict[str, Callable[[], Sink]]:
+    """How to open each sink that is asked for; only what is asked for is imported, in the sink's own thread."""
 
-    return [WandbSink(folder, metrics.wandb, config)]
+    def wandb(settings: Wandb) -> Sink:
+        from farspan.platform.wandb_sink import WandbSink
+
+        return WandbSink(folder, settings, config)
+
+    def tensorboard() -> Sink:
+        from farspan.platform.tensorboard_sink import TensorboardSink
+
+        return TensorboardSink(folder)
+
+    wanted: dict[str, Callable[[], Sink]] = {}
+    if metrics.wandb is not None:
+        wanted["metrics.wandb"] = partial(wandb, metrics.wandb)
+    if metrics.tensorboard:
+        wanted["metrics.tensorboard"] = tensorboard
+    return wanted
 
 
 def prepare(job: Job) -> None:

@@ -1,9 +1,8 @@
 """Feed-forward layers: what a token does by itself."""
 
-from typing import Annotated
-
+from farspan.models.ffns.squared_relu import SquaredRelu
 from farspan.models.ffns.swiglu import Swiglu
 
-Ffn = Annotated[Swiglu, "choice"]
+Ffn = Swiglu | SquaredRelu
 
-__all__ = ["Ffn", "Swiglu"]
+__all__ = ["Ffn", "SquaredRelu", "Swiglu"]

@@ -7,15 +7,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from farspan.kernels.random import Normal
+from farspan.parallel.placement import Column, Placement, Row
 
 
 @dataclass(frozen=True, kw_only=True)
 class Swiglu:
     hidden: int
+    """Channels between the two products."""
 
     def __post_init__(self) -> None:
         if self.hidden < 1:
             raise ValueError(f"hidden={self.hidden}: must be at least 1; 8/3 of the width is usual")
+
+    def tensor_problems(self, tp: int) -> list[str]:
+        """What keeps the channels from being dealt out to `tp` ranks."""
+        return [f"hidden={self.hidden}: must be a multiple of parallel.tp={tp}"] if self.hidden % tp else []
 
     def build(self, width: int, depth: int) -> "SwigluFfn":
         return SwigluFfn(self, width, depth)
@@ -36,6 +42,9 @@ class SwigluFfn(nn.Module):
             "to_up.weight": Normal(0.0, inner**-0.5),
             "to_out.weight": Normal(0.0, outer**-0.5 / sqrt(2 * self.depth)),
         }
+
+    def placements(self) -> dict[str, Placement]:
+        return {"to_gate.weight": Column(), "to_up.weight": Column(), "to_out.weight": Row()}
 
     def flops(self, lengths: tuple[int, ...]) -> int:
         """Forward operations for documents of these lengths: two per weight and token."""

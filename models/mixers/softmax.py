@@ -10,6 +10,8 @@ from farspan.kernels.random import Normal
 from farspan.models.norm import RMSNorm
 from farspan.models.rope import Rope, rotate
 from farspan.parallel.context.local import Local
+from farspan.parallel.context.shard import Documents
+from farspan.parallel.placement import Column, Placement, Row
 
 Angles = tuple[Tensor, Tensor]
 
@@ -19,6 +21,7 @@ class Softmax:
     """Causal attention within each document."""
 
     heads: int
+    """Query heads."""
     kv_heads: int | None = None
     """Key and value heads, each shared by heads/kv_heads query heads; None: as many as `heads`."""
     head_dim: int | None = None
@@ -61,6 +64,15 @@ class Softmax:
             return [f"heads={self.heads}: leaves head_dim={self.key_dim(width)}, odd; rope needs it even"]
         return []
 
+    def tensor_problems(self, tp: int) -> list[str]:
+        """What keeps the heads from being dealt out to `tp` ranks."""
+        kv_heads = self.kv_heads or self.heads
+        if self.heads % tp:
+            return [f"heads={self.heads}: must be a multiple of parallel.tp={tp}"]
+        if kv_heads % tp and tp % kv_heads:
+            return [f"kv_heads={kv_heads}: must be a multiple or a divisor of parallel.tp={tp}"]
+        return []
+
     def build(self, width: int, depth: int, eps: float, context: Local) -> "SoftmaxMixer":
         return SoftmaxMixer(self, width, depth, eps, context)
 
@@ -85,13 +97,20 @@ class SoftmaxMixer(nn.Module):
         sinks = {"sinks": Normal(0.0, 0.0)} if self.sinks is not None else {}
         return {"to_q.weight": into, "to_k.weight": into, "to_v.weight": into, "to_out.weight": out, **sinks}
 
+    def placements(self) -> dict[str, Placement]:
+        """Whole heads; where kv heads are fewer than ranks, several ranks hold the same one."""
+        keys: Placement = Column(units=self.config.kv_heads or self.config.heads)
+        sinks: dict[str, Placement] = {"sinks": Column()} if self.sinks is not None else {}
+        queries = {"to_q.weight": Column(units=self.config.heads), "to_out.weight": Row()}
+        return {**queries, "to_k.weight": keys, "to_v.weight": keys, **sinks}
+
     def flops(self, lengths: tuple[int, ...]) -> int:
         """Forward operations for documents of these lengths: projections, and two products for each visible pair."""
         weights = 2 * (self.to_q.weight.numel() + self.to_k.weight.numel())
         pairs = sum(_pairs(length, self.config.window) for length in lengths)
         return 2 * sum(lengths) * weights + 4 * pairs * self.config.heads * self.key_dim
 
-    def forward(self, x: Tensor, angles: Angles | None, cu_seqlens: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, angles: Angles | None, documents: Documents) -> Tensor:
         q = self.to_q(x).unflatten(-1, (-1, self.key_dim))  # B T H K
         k = self.to_k(x).unflatten(-1, (-1, self.key_dim))  # B T Hkv K
         v = self.to_v(x).unflatten(-1, (-1, self.key_dim))  # B T Hkv K
@@ -106,7 +125,7 @@ class SoftmaxMixer(nn.Module):
             v,
             causal=True,
             window=config.window,
-            cu_seqlens=cu_seqlens,
+            documents=documents,
             softcap=config.softcap,
             sinks=self.sinks,
         )

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from farspan.kernels.softmax_attention import attend
+from farspan.parallel.context.shard import Documents
 
 
 class Local:
@@ -16,10 +17,17 @@ class Local:
         *,
         causal: bool,
         window: int | None = None,
-        cu_seqlens: Tensor | None = None,
+        documents: Documents,
         softcap: float | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
         """q: B T H K, k and v: B T Hkv K -> B T H K; see `farspan.kernels.softmax_attention.attend`."""
-        out, _ = attend(q, k, v, causal=causal, window=window, cu_seqlens=cu_seqlens, softcap=softcap, sinks=sinks)
-        return out
+        bounds = documents.cu_seqlens
+        out, _ = attend(q, k, v, causal=causal, window=window, cu_seqlens=bounds, softcap=softcap, sinks=sinks)
+        if documents.prefix is None or not causal:
+            return out
+        inside = documents.prefix
+        parts = (x.flatten(0, 1)[inside].unsqueeze(0) for x in (q, k, v))  # 1 P H K: the prefixes end to end
+        bounds = documents.prefix_cu_seqlens
+        both_ways, _ = attend(*parts, causal=False, cu_seqlens=bounds, softcap=softcap, sinks=sinks)
+        return out.flatten(0, 1).index_copy(0, inside, both_ways[0]).view_as(out)

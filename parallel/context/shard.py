@@ -1,12 +1,26 @@
 """What one rank sees of a batch: its tokens, what they predict, and where each document begins and ends."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = -100
 """The label of a token that predicts nothing: the end of a document, or padding."""
+
+
+class Documents(NamedTuple):
+    """Who may see whom among the B·T tokens laid end to end: what every mixer is told."""
+
+    cu_seqlens: Tensor | None = None
+    """int32, bounds of the documents; None: every row is one document."""
+    prefix: Tensor | None = None
+    """int64, ascending: places among the B·T tokens that belong to a document's prefix, seen by all of that prefix."""
+    prefix_cu_seqlens: Tensor | None = None
+    """int32, bounds of the prefixes over the places of `prefix`, one document's after the other's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,14 +45,45 @@ class Batch:
     """How many labels are not `IGNORE`."""
     padding: int = 0
     """How many tokens only fill up a row."""
+    prefix: Tensor | None = None
+    """int64, ascending: places among the B·T tokens whose document shows them both ways; None: none."""
+    prefix_cu_seqlens: Tensor | None = None
+    """int32, bounds of the prefixes over the places of `prefix`."""
+
+    @property
+    def documents(self) -> Documents:
+        return Documents(self.cu_seqlens, self.prefix, self.prefix_cu_seqlens)
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`; copies from pinned memory do not block the host."""
-        bounds = None if self.cu_seqlens is None else self.cu_seqlens.to(device, non_blocking=True)
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def padded(self, multiple: int) -> "Batch":
+        """The same batch with rows a multiple of `multiple` long.
+
+        The last document of each row goes on over the padding: it has no labels, and what comes before never sees it.
+        """
+        length = self.tokens.shape[1]
+        extra = -length % multiple
+        if not extra:
+            return self
+
+        def moved(places: Tensor | None) -> Tensor | None:
+            return None if places is None else places + (places // length * extra).to(places.dtype)
+
         return replace(
             self,
-            tokens=self.tokens.to(device, non_blocking=True),
-            labels=self.labels.to(device, non_blocking=True),
-            positions=self.positions.to(device, non_blocking=True),
-            cu_seqlens=bounds,
+            tokens=F.pad(self.tokens, (0, extra)),
+            labels=F.pad(self.labels, (0, extra), value=IGNORE),
+            positions=F.pad(self.positions, (0, extra)),
+            padding=self.padding + extra * len(self.tokens),
+            cu_seqlens=moved(self.cu_seqlens),
+            prefix=moved(self.prefix),
         )
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """The same batch with every tensor changed."""
+        tensors: dict[str, Any] = {
+            name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **tensors)

@@ -1,9 +1,10 @@
 """Where tokens come from."""
 
-from typing import Annotated
-
+from farspan.platform.data.mixture import Mixture
+from farspan.platform.data.synthetic import Synthetic
 from farspan.platform.data.text import Text
+from farspan.platform.data.tokens import Tokens
 
-Data = Annotated[Text, "choice"]
+Data = Text | Tokens | Mixture | Synthetic
 
-__all__ = ["Data", "Text"]
+__all__ = ["Data", "Mixture", "Synthetic", "Text", "Tokens"]

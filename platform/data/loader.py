@@ -2,16 +2,14 @@
 
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import count
 from typing import final
 
 import torch
-from torch import Tensor
 from torchdata.nodes import IterableWrapper, ParallelMapper, Prefetcher
 
 from farspan.parallel.context.shard import Batch
-from farspan.platform.data.pack import Rows
+from farspan.platform.data.row import Rows, collate
 
 
 def shares(consumed: int, batch: int, micro_batch: int, dp_rank: int, dp: int) -> list[range]:
@@ -36,9 +34,9 @@ def shares(consumed: int, batch: int, micro_batch: int, dp_rank: int, dp: int) -
 class Loader(Iterator[list[Batch]]):
     """Endless steps of one dp rank, each the list of its micro-batches, read ahead by `workers` threads.
 
-    The only state is how many rows were consumed: to resume, start another loader there. Memory: about
-    `prefetch + workers` steps. ValueError: sizes that `shares` refuses, empty `rows`, or `pin` without a CUDA device.
-    An error met in a thread is raised by `next`, and closes the loader.
+    Rows are filled up with `end`. The only state is how many rows were consumed: to resume, start another loader
+    there. Memory: about `prefetch + workers` steps. ValueError: sizes that `shares` refuses, empty `rows`, or `pin`
+    without a CUDA device. An error met in a thread is raised by `next`, and closes the loader.
     """
 
     def __init__(
@@ -46,6 +44,7 @@ class Loader(Iterator[list[Batch]]):
         rows: Rows,
         start: int,
         *,
+        end: int,
         batch: int,
         micro_batch: int,
         dp_rank: int,
@@ -61,7 +60,7 @@ class Loader(Iterator[list[Batch]]):
             raise ValueError("no rows to load: the corpus has none on this side; check data.held_out and data.paths")
         if pin and not torch.cuda.is_available():
             raise ValueError("pin=True: pinned memory needs a CUDA device, and there is none; pass pin=False")
-        self._rows, self._batch, self._micro_batch = rows, batch, micro_batch
+        self._rows, self._end, self._batch, self._micro_batch = rows, end, batch, micro_batch
         self._dp_rank, self._dp = dp_rank, dp
         # A new thread's device is GPU 0 whatever this one's: pinning there would open a context on it for every rank.
         self._device = torch.cuda.current_device() if pin else None
@@ -107,18 +106,11 @@ class Loader(Iterator[list[Batch]]):
         for numbers in shares(consumed, self._batch, self._micro_batch, self._dp_rank, self._dp):
             if self._closed.is_set():
                 return
-            yield self._pinned(self._rows.batch(numbers))
+            yield self._pinned(collate([self._rows.row(number) for number in numbers], self._end))
 
     def _pinned(self, batch: Batch) -> Batch:
         """The batch in page-locked memory, where one is asked for."""
         if self._device is None:
             return batch
         with torch.cuda.device(self._device):
-            bounds: Tensor | None = None if batch.cu_seqlens is None else batch.cu_seqlens.pin_memory()
-            return replace(
-                batch,
-                tokens=batch.tokens.pin_memory(),
-                labels=batch.labels.pin_memory(),
-                positions=batch.positions.pin_memory(),
-                cu_seqlens=bounds,
-            )
+            return batch.map(lambda tensor: tensor.pin_memory())

@@ -14,7 +14,9 @@ class Adamw:
     rate: float
     """Peak learning rate; the schedule scales it."""
     betas: tuple[float, ...] = (0.9, 0.95)
+    """Decay of the mean of gradients and of the mean of their squares, per step."""
     eps: float = 1e-8
+    """Added to the root of the mean square, against division by zero."""
     weight_decay: float = 0.1
     """Decoupled, on matrices only: norms and other vectors are not decayed."""
     max_norm: float | None = 1.0

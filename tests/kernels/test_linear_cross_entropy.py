@@ -38,6 +38,34 @@ def test_equals_reference(
         assert error < tolerance
 
 
+def test_parts_of_the_vocabulary_join() -> None:
+    """Ranks that hold 50, 1 and 80 rows: each one's loss is the whole's, and their hidden gradients sum to its."""
+    hidden, weight, labels = inputs(63, 131, torch.float64)
+    whole = linear_cross_entropy_ref(hidden, weight, labels)
+    wanted = torch.autograd.grad(whole, (hidden, weight))
+    logits = (hidden @ weight.T).detach()
+    merged = logits.logsumexp(1), torch.where(labels < 0, 0, logits.gather(1, labels.clamp(min=0)[:, None])[:, 0])
+    found, rows, first = torch.zeros_like(hidden), [], 0
+    for part in weight.detach().split([50, 1, 80]):
+        part = part.clone().requires_grad_()
+        heard: list[tuple[Tensor, Tensor]] = []
+
+        def merge(lse: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+            heard.append((lse, target))  # noqa: B023 (called before the loop goes on)
+            return merged
+
+        loss = linear_cross_entropy(hidden, part, labels, first=first, merge=merge)
+        torch.testing.assert_close(loss, whole)
+        mine = logits[:, first : first + len(part)]
+        inside = (labels >= first) & (labels < first + len(part))
+        target = torch.where(inside, mine.gather(1, torch.where(inside, labels - first, 0)[:, None])[:, 0], 0)
+        torch.testing.assert_close(heard, [(mine.logsumexp(1), target)])
+        d_hidden, d_part = torch.autograd.grad(loss, (hidden, part))
+        found, first = found + d_hidden, first + len(part)
+        rows.append(d_part)
+    torch.testing.assert_close((found, torch.cat(rows)), wanted)
+
+
 def test_nothing_to_predict_is_zero() -> None:
     hidden, weight, labels = inputs(9, 11, torch.float32)
     loss = linear_cross_entropy(hidden, weight, torch.full_like(labels, -100))

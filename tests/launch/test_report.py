@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from farspan.launch.chart import Curve, downsample, draw, short, ticks, trend
+from farspan.launch.chart import Chart, Curve, axes, downsample, draw, short, ticks, trend
 from farspan.launch.report import CHARTS, report
 from farspan.platform.metrics import Journal, Line
 
@@ -192,7 +192,8 @@ def test_a_trend_is_deaf_to_single_spikes_and_lost_values() -> None:
 def test_an_axis_tells_when_it_is_logarithmic_or_cut() -> None:
     def picture(*spikes: float) -> str:
         values = [*(2.0 + 0.1 * (step % 5) for step in range(200)), *spikes]
-        return draw([Curve(name="a", style=0, points=list(enumerate(values)))], label="x")
+        curve = Curve(name="a", style=0, points=list(enumerate(values)))
+        return draw(Chart(key="x", title="x", unit="", zero=False, noisy=False, curves=[curve]))
 
     assert "the axis" not in picture() and "logarithmic" not in picture()
     assert "the axis ends below the highest value, 9.5" in picture(9.5)
@@ -204,3 +205,12 @@ def test_ticks_are_round_and_inside() -> None:
     assert ticks(1.63, 2.41) == [1.8, 2.0, 2.2, 2.4]
     assert ticks(0, 2.1e-3) == [0, 5e-4, 1e-3, 1.5e-3, 2e-3]
     assert [short(value) for value in (0, 0.05, 2e-3, 1500, 2e7, -3e9)] == ["0", "0.05", "2e-3", "1.5k", "20M", "-3G"]
+
+
+def test_the_axes_of_a_crowd_are_those_of_its_members() -> None:
+    def curve(style: int, *values: float) -> Curve:
+        return Curve(name=str(style), style=style, points=list(enumerate(values, start=1)))
+
+    x, y, remarks = axes([curve(0, 5.0, 4.0), curve(1, 3.0, 2.0, 1.0)], zero=False)
+    assert (x.low, x.high) == (1, 3) and y.low < 1.0 and y.high > 5.0 and remarks == ""
+    assert axes([curve(0, math.nan), curve(1, math.inf)], zero=True)[1].high == 1.0

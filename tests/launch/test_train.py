@@ -226,7 +226,11 @@ def test_ray_runs_the_same_job_and_survives_a_kill(config: Path, undisturbed: Pa
         (["lanch.kind=ray"], "did you mean launch?"),
         (["data.paths=[/no/such/folder]"], "data.paths[0]='/no/such/folder'"),
         (["model.blocks.0.mixer.heads=3"], "heads=3: must divide width=16"),
-        (["parallel.tp=2"], "parallel.tp=2: this version trains with tp=1 only"),
+        (["parallel.cp=2"], "parallel.cp=2: this version trains with cp=1 only"),
+        (
+            ["parallel.tp=2", "model.blocks.0.mixer.heads=1"],
+            "model.blocks.0.mixer.heads=1: must be a multiple of parallel.tp=2",
+        ),
         (["schedule.warmup=50"], "schedule.warmup=50"),
         (["data.held_out=0"], "data.held_out=0: train.evaluate needs held-out documents"),
         (["name=a/b"], "name='a/b'"),
@@ -244,6 +248,18 @@ def test_mistakes_are_named_before_any_process_starts(
     assert cli.main(["train", "--config", str(config), *arguments]) == 2
     said = capfd.readouterr().err
     assert message in said and not (config.parent / "runs").exists()
+
+
+def test_tensor_parallelism_gives_one_ranks_losses(config: Path) -> None:
+    """Spread over two ranks, killed and gone on with on one: the losses of one rank."""
+    finished(launch(config, "name=one", "launch.ranks=1", "train.steps=8", "train.sample=null"))
+    finished(launch(config, "name=two", "parallel.tp=2", "train.steps=4", "schedule.steps=8", "train.sample=null"))
+    again = ["name=two", "launch.ranks=1", "train.steps=8", "schedule.steps=8", "train.sample=null", "--resume"]
+    finished(launch(config, *again))
+    one, two = (metrics.latest(metrics.read(config.parent / "runs" / name)) for name in ("one", "two"))
+    for left, right in zip(*([line for line in run if "loss" in line] for run in (one, two)), strict=True):
+        assert left["loss"] == pytest.approx(right["loss"], rel=1e-5)
+        assert left["grad_norm"] == pytest.approx(right["grad_norm"], rel=1e-4)
 
 
 def test_bad_data_is_named_and_mended(config: Path) -> None:

@@ -1,6 +1,8 @@
 """A decoder sees the past of its own document, and nothing else; and it equals its formula."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -8,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from farspan.kernels.random import key
-from farspan.models.block import Block
+from farspan.models.block import Block, NormPlacement
 from farspan.models.decoder import Decoder, DecoderModel, initial
-from farspan.models.ffns import Swiglu
+from farspan.models.ffns import Ffn, SquaredRelu, Swiglu
 from farspan.models.mixers import Softmax
+from farspan.models.norm import Layer, Norm, Rms
 from farspan.models.rope import Rope, rotate
 from farspan.parallel.context.local import Local
 from farspan.parallel.context.shard import IGNORE, Batch
@@ -24,14 +27,26 @@ MIXERS = {
     "sinks": replace(FULL, sinks=True),
     "no_rope": replace(FULL, rope=None, qk_norm=False, kv_heads=None),
 }
+STYLES: dict[str, tuple[NormPlacement, Norm, Ffn]] = {
+    "pre": ("pre", Rms(), Swiglu(hidden=23)),
+    "post": ("post", Layer(eps=1e-4), SquaredRelu(hidden=23)),
+    "peri": ("peri", Rms(eps=1e-3), Swiglu(hidden=23)),
+    "peri_layer": ("peri", Layer(bias=False), SquaredRelu(hidden=23)),
+}
+CASES = [(name, "pre") for name in MIXERS] + [("full", "post"), ("sinks", "peri"), ("no_rope", "peri_layer")]
 
 
-def build(mixer: Softmax, tied: bool = False, dtype: torch.dtype = torch.float32) -> DecoderModel:
-    config = Decoder(width=16, tied=tied, vocabulary=31, blocks=(Block(repeat=2, mixer=mixer, ffn=Swiglu(hidden=23)),))
+def build(mixer: Softmax, tied: bool = False, dtype: torch.dtype = torch.float32, style: str = "pre") -> DecoderModel:
+    """Two layers; gains and biases begin away from 1 and 0, so that none can be forgotten."""
+    placement, norm, ffn = STYLES[style]
+    blocks = (Block(repeat=2, mixer=mixer, ffn=ffn),)
+    config = Decoder(width=16, tied=tied, vocabulary=31, norm=norm, placement=placement, blocks=blocks)
     model = config.build(31, Local())
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            initial(model)[name].fill(weight, key(0, name), tuple(weight.shape), (0,) * weight.dim())
+            start = initial(model)[name]
+            start = replace(start, std=0.2) if weight.dim() == 1 else start
+            start.fill(weight, key(0, name), tuple(weight.shape), (0,) * weight.dim())
     return model.to(dtype)
 
 
@@ -58,9 +73,9 @@ def token_losses(model: DecoderModel, given: Batch) -> Tensor:
     return F.cross_entropy(logits, given.labels[0], ignore_index=IGNORE, reduction="none")
 
 
-@pytest.mark.parametrize("name", MIXERS)
-def test_prefix_causality(name: str) -> None:
-    model, given = build(MIXERS[name]), batch((17,))
+@pytest.mark.parametrize(("name", "style"), CASES)
+def test_prefix_causality(name: str, style: str) -> None:
+    model, given = build(MIXERS[name], style=style), batch((17,))
     with torch.no_grad():
         before = token_losses(model, given)
         for place in (1, 8, 15):
@@ -71,9 +86,9 @@ def test_prefix_causality(name: str) -> None:
             assert not torch.equal(before[place:], after[place:])
 
 
-@pytest.mark.parametrize("name", MIXERS)
-def test_documents_never_see_each_other(name: str) -> None:
-    model, given = build(MIXERS[name]), batch((5, 9, 3))
+@pytest.mark.parametrize(("name", "style"), CASES)
+def test_documents_never_see_each_other(name: str, style: str) -> None:
+    model, given = build(MIXERS[name], style=style), batch((5, 9, 3))
     with torch.no_grad():
         before = token_losses(model, given)
         tokens = given.tokens.clone()
@@ -107,32 +122,43 @@ def test_packing_changes_no_loss_and_no_gradient(name: str) -> None:
         torch.testing.assert_close(left, right, rtol=1e-8, atol=1e-10)
 
 
-def by_hand(model: DecoderModel, tokens: Tensor, mixer: Softmax) -> Tensor:
+def by_hand(model: DecoderModel, tokens: Tensor, mixer: Softmax, style: str) -> Tensor:
     """The decoder of one document written out: logits T V."""
     weights = dict(model.named_parameters())
+    placement, kind, ffn = STYLES[style]
 
-    def norm(x: Tensor, weight: Tensor) -> Tensor:
-        return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight
+    def rms(x: Tensor, name: str) -> Tensor:
+        return x / (x.square().mean(-1, keepdim=True) + kind.eps).sqrt() * weights[f"{name}.weight"]
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        if isinstance(kind, Rms):
+            return rms(x, name)
+        deviation = (x.var(-1, unbiased=False, keepdim=True) + kind.eps).sqrt()
+        return (x - x.mean(-1, keepdim=True)) / deviation * weights[f"{name}.weight"] + weights.get(f"{name}.bias", 0)
+
+    def join(x: Tensor, branch: Callable[[Tensor], Tensor], name: str) -> Tensor:
+        if placement == "post":
+            return norm(x + branch(x), name)
+        out = branch(norm(x, name))
+        return x + (norm(out, f"{name}_out") if placement == "peri" else out)
 
     def turn(x: Tensor) -> Tensor:
         half = x.shape[-1] // 2
         pairs = torch.complex(x[..., :half], x[..., half:])
-        angles = (torch.arange(len(x))[:, None] * 10000.0 ** (-torch.arange(half) / half)).double()
-        turned = pairs * torch.polar(torch.ones_like(angles), angles)[:, None]
+        angles = torch.arange(len(x))[:, None] * 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
+        turned = pairs * torch.complex(angles.cos().float(), angles.sin().float())[:, None]
         return torch.cat((turned.real, turned.imag), -1)
 
     x = weights["embed.weight"][tokens]
+    x = norm(x, "embed_norm") if placement == "peri" else x
     length = len(tokens)
     behind = torch.arange(length)[:, None] - torch.arange(length)[None]
     seen = (behind >= 0) & (behind < (mixer.window or length))
-    for i in range(2):
-        h = norm(x, weights[f"layers.{i}.mixer_norm.weight"])
-        q, k, v = ((h @ weights[f"layers.{i}.mixer.to_{n}.weight"].T).unflatten(-1, (-1, 4)) for n in "qkv")
+
+    def attention(h: Tensor, path: str) -> Tensor:
+        q, k, v = ((h @ weights[f"{path}.to_{n}.weight"].T).unflatten(-1, (-1, 4)) for n in "qkv")
         if mixer.qk_norm:
-            q, k = (
-                norm(q, weights[f"layers.{i}.mixer.norm_q.weight"]),
-                norm(k, weights[f"layers.{i}.mixer.norm_k.weight"]),
-            )
+            q, k = rms(q, f"{path}.norm_q"), rms(k, f"{path}.norm_k")
         if mixer.rope:
             q, k = turn(q), turn(k)
         k, v = (t.repeat_interleave(4 // t.shape[1], 1) for t in (k, v))
@@ -141,30 +167,40 @@ def by_hand(model: DecoderModel, tokens: Tensor, mixer: Softmax) -> Tensor:
             scores = mixer.softcap * torch.tanh(scores / mixer.softcap)
         scores = scores.masked_fill(~seen, -torch.inf)
         if mixer.sinks:
-            sink = weights[f"layers.{i}.mixer.sinks"][:, None, None].expand(-1, length, 1)
+            sink = weights[f"{path}.sinks"][:, None, None].expand(-1, length, 1)
             p = torch.cat((scores, sink), -1).softmax(-1)[..., :-1]
         else:
             p = scores.softmax(-1)
-        x = x + torch.einsum("hqk,khd->qhd", p, v).flatten(1) @ weights[f"layers.{i}.mixer.to_out.weight"].T
-        h = norm(x, weights[f"layers.{i}.ffn_norm.weight"])
-        up, gate = h @ weights[f"layers.{i}.ffn.to_up.weight"].T, h @ weights[f"layers.{i}.ffn.to_gate.weight"].T
-        x = x + (gate * torch.sigmoid(gate) * up) @ weights[f"layers.{i}.ffn.to_out.weight"].T
+        return torch.einsum("hqk,khd->qhd", p, v).flatten(1) @ weights[f"{path}.to_out.weight"].T
+
+    def think(h: Tensor, path: str) -> Tensor:
+        inner = h @ weights[f"{path}.to_up.weight"].T
+        if isinstance(ffn, SquaredRelu):
+            inner = torch.where(inner > 0, inner**2, 0)
+        else:
+            gate = h @ weights[f"{path}.to_gate.weight"].T
+            inner = gate * torch.sigmoid(gate) * inner
+        return inner @ weights[f"{path}.to_out.weight"].T
+
+    for i in range(2):
+        x = join(x, partial(attention, path=f"layers.{i}.mixer"), f"layers.{i}.mixer_norm")
+        x = join(x, partial(think, path=f"layers.{i}.ffn"), f"layers.{i}.ffn_norm")
     head = weights["head.weight"] if "head.weight" in weights else weights["embed.weight"]
-    return norm(x, weights["norm.weight"]) @ head.T
+    return (x if placement == "post" else norm(x, "norm")) @ head.T
 
 
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize(("name", "style"), CASES)
 @pytest.mark.parametrize("tied", [False, True])
-def test_equals_its_formula(name: str, tied: bool) -> None:
-    model, given = build(MIXERS[name], tied, torch.float64), batch((13,))
+def test_equals_its_formula(name: str, style: str, tied: bool) -> None:
+    model, given = build(MIXERS[name], tied, torch.float64, style), batch((13,))
     weights = list(model.parameters())
     wanted = F.cross_entropy(
-        by_hand(model, given.tokens[0], MIXERS[name]), given.labels[0], ignore_index=IGNORE, reduction="sum"
+        by_hand(model, given.tokens[0], MIXERS[name], style), given.labels[0], ignore_index=IGNORE, reduction="sum"
     )
     loss = model(given)
-    torch.testing.assert_close(loss, wanted, rtol=1e-6, atol=1e-6)  # angles are fp32 in both
+    torch.testing.assert_close(loss, wanted, rtol=1e-10, atol=1e-10)
     for left, right in zip(torch.autograd.grad(loss, weights), torch.autograd.grad(wanted, weights), strict=True):
-        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(left, right, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", ["full", "window"])

@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from farspan.models.block import Block
 from farspan.models.decoder import Decoder, initial
@@ -15,11 +14,12 @@ from farspan.models.mixers import Softmax
 from farspan.parallel.context.local import Local
 from farspan.parallel.context.shard import IGNORE, Batch
 from farspan.parallel.engine import Engine
+from farspan.parallel.fsdp import full
 from farspan.parallel.mesh import Mesh, Parallel
 from farspan.platform.optim import Adamw
 
-WIDTH, VOCABULARY, LENGTH, ROWS = 24, 61, 19, 8
-"""Odd sizes: neither the vocabulary, the norms nor the sinks divide by the ranks."""
+WIDTH, VOCABULARY, LENGTH, ROWS = 22, 60, 19, 8
+"""Odd sizes: neither the rows, the width, the norms nor what tp leaves of a weight divide by the ranks."""
 
 
 def batches(rank: int, dp: int, micro: int) -> list[Batch]:
@@ -49,34 +49,38 @@ def _batch(tokens: Tensor, labels: Tensor) -> Batch:
     )
 
 
-def model() -> Decoder:
+def model(tied: bool = False) -> Decoder:
     rich = Softmax(heads=4, kv_heads=2, head_dim=8, qk_norm=True, window=5, sinks=True)
-    plain = Softmax(heads=2, rope=None)
+    plain = Softmax(heads=4, kv_heads=1, head_dim=6, rope=None)
     return Decoder(
         width=WIDTH,
+        tied=tied,
         vocabulary=VOCABULARY,
         blocks=(
-            Block(repeat=2, mixer=rich, ffn=Swiglu(hidden=37)),
+            Block(repeat=2, mixer=rich, ffn=Swiglu(hidden=36)),
             Block(mixer=plain, ffn=None),
-            Block(mixer=None, ffn=Swiglu(hidden=10)),
+            Block(mixer=None, ffn=Swiglu(hidden=12)),
         ),
     )
 
 
 def whole(tensor: Tensor) -> Tensor:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+    return full(tensor).detach().clone()
 
 
-def probe(shards: list[int], micro: int, recompute: str = "none", compiled: bool = False) -> list[dict[str, Any]]:
-    """On each cut of the weights: loss, gradients, norm, and the weights after one step."""
+def probe(
+    cuts: list[dict[str, Any]], micro: int, kept: float | None = None, compiled: bool = False, tied: bool = False
+) -> list[dict[str, Any]]:
+    """On each cut of the weights: loss, gradients, norm, logits, and the weights after one step."""
     torch.set_default_dtype(torch.float64)
     world = dist.get_world_size()
     control = dist.new_group(backend="gloo")
     results = []
-    for shard in shards:
-        mesh = Mesh(Parallel(shard=shard).sizes(world), torch.device("cpu"), control)
+    for cut in cuts:
+        parallel = Parallel(**cut)
+        mesh = Mesh(parallel.sizes(world), torch.device("cpu"), control)
         with torch.device("meta"):
-            built = model().build(VOCABULARY, Local())
+            built = model(tied).build(VOCABULARY, Local())
         layers = list(built.layers)
         engine = Engine(
             built,
@@ -84,35 +88,37 @@ def probe(shards: list[int], micro: int, recompute: str = "none", compiled: bool
             initial(built),
             mesh,
             seed=3,
-            recomputing=recompute,
-            compiled=compiled,  # type: ignore[arg-type]
+            kept=kept,
+            compiled=compiled,
+            gather=parallel.gathering(mesh.sizes),
         )
         optimizer = Adamw(rate=1e-2).build(engine.weights)
-        work = batches(mesh.index("dp"), world, micro)
+        work = batches(mesh.index("dp"), mesh.sizes.dp, micro)
         labels = torch.tensor(float(sum(batch.valid for batch in work)))
-        dist.all_reduce(labels)
+        dist.all_reduce(labels, group=mesh.dense.get_group("dp"))
         found: dict[str, Any] = {"start": {n: whole(w) for n, w in engine.weights.items()}}
         found["loss"] = engine.sum(engine.forward_backward(work, labels.item()))
         found["norm"] = engine.gradient_norm()
         found["gradients"] = {n: whole(w.grad) for n, w in engine.weights.items() if w.grad is not None}
+        found["logits"] = engine.evaluate(batches(0, 1, 1)[0], torch.tensor([3, 18]))
         optimizer.update(1e-2, torch.tensor(0.5))
         found["end"] = {n: whole(w) for n, w in engine.weights.items()}
         results.append(found)
     return results
 
 
-def same(left: Any, right: Any) -> None:
+def same(left: Any, right: Any, tolerance: float = 1e-9) -> None:
     if isinstance(left, dict):
         assert left.keys() == right.keys()
         for key in left:
-            same(left[key], right[key])
+            same(left[key], right[key], tolerance)
     else:
-        torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(left, right, rtol=tolerance, atol=tolerance / 100)
 
 
 @pytest.fixture(scope="module")
 def one_rank(ranks: Any) -> dict[str, Any]:
-    found: dict[str, Any] = ranks(1, probe, shards=[1], micro=8)[0][0]
+    found: dict[str, Any] = ranks(1, probe, cuts=[{}], micro=8)[0][0]
     return found
 
 
@@ -137,21 +143,38 @@ def test_one_rank_is_the_plain_model(one_rank: dict[str, Any]) -> None:
     assert all(not torch.equal(one_rank["start"][n], one_rank["end"][n]) for n in gradients)
 
 
-@pytest.mark.parametrize(("world", "shards", "micro"), [(2, [2, 1], 3), (4, [4, 2], 1)])
-def test_ranks_equal_one_rank(ranks: Any, one_rank: dict[str, Any], world: int, shards: list[int], micro: int) -> None:
-    for of_rank in ranks(world, probe, shards=shards, micro=micro):
+CUTS = {
+    2: [{"shard": 2}, {"shard": 1}, {"tp": 2}],
+    4: [{"shard": 4, "gather": "step"}, {"shard": 2}, {"tp": 2}, {"tp": 2, "shard": 1}, {"tp": 4}],
+}
+
+
+@pytest.mark.parametrize(("world", "micro"), [(2, 3), (4, 1)])
+def test_ranks_equal_one_rank(ranks: Any, one_rank: dict[str, Any], world: int, micro: int) -> None:
+    for of_rank in ranks(world, probe, cuts=CUTS[world], micro=micro):
         for found in of_rank:
             same(found, one_rank)
 
 
 def test_recomputation_changes_nothing(ranks: Any, one_rank: dict[str, Any]) -> None:
-    same(ranks(1, probe, shards=[1], micro=2, recompute="block")[0][0], one_rank)
+    same(ranks(1, probe, cuts=[{}], micro=2, kept=0.0)[0][0], one_rank)
+
+
+def test_a_tied_head_is_spread_like_the_embedding(ranks: Any) -> None:
+    """Rows of 19 tokens do not divide by 2; recomputation runs tp's exchanges again."""
+    plain = ranks(1, probe, cuts=[{}], micro=8, tied=True)[0][0]
+    for of_rank in ranks(2, probe, cuts=[{"tp": 2}], micro=3, tied=True, kept=0.5):
+        same(of_rank[0], plain)
 
 
 @pytest.mark.laws
-@pytest.mark.parametrize("recompute", ["none", "block"])
-def test_compilation_changes_nothing(ranks: Any, one_rank: dict[str, Any], recompute: str) -> None:
-    same(ranks(2, probe, shards=[2], micro=3, recompute=recompute, compiled=True)[0][0], one_rank)
+@pytest.mark.parametrize("cut", [{"shard": 2}, {"tp": 2}], ids=["shard", "tp"])
+@pytest.mark.parametrize("kept", [None, 0.0, 0.5])
+def test_compilation_changes_nothing(
+    ranks: Any, one_rank: dict[str, Any], kept: float | None, cut: dict[str, int]
+) -> None:
+    """Rotations are fp32 in an fp64 model, and fusing rounds them elsewhere."""
+    same(ranks(2, probe, cuts=[cut], micro=3, kept=kept, compiled=True)[0][0], one_rank, 1e-6)
 
 
 def test_a_step_of_scale_zero_changes_nothing() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from farspan.parallel.mesh import DENSE, EXPERT, WEIGHTS, Mesh, Parallel, Sizes
+from farspan.parallel.mesh import DENSE, EXPERT, Mesh, Parallel, Sizes
 
 
 def cuts(world: int) -> list[Sizes]:
@@ -27,7 +27,7 @@ def cuts(world: int) -> list[Sizes]:
 @pytest.mark.parametrize("world", [1, 2, 6, 8])
 def test_all_views_cover_the_same_ranks(world: int) -> None:
     for sizes in cuts(world):
-        for axes in (DENSE, EXPERT, WEIGHTS):
+        for axes in (DENSE, EXPERT):
             view = torch.arange(world).view(sizes.view(axes))
             assert sorted(view.flatten().tolist()) == list(range(world))
         dense = torch.arange(world).view(sizes.view(DENSE))
@@ -35,8 +35,9 @@ def test_all_views_cover_the_same_ranks(world: int) -> None:
         assert torch.equal(dense.flatten(1), expert.flatten(1)), (
             "pipeline stages must hold the same ranks in both views"
         )
-        weights = torch.arange(world).view(sizes.view(WEIGHTS))
-        assert torch.equal(dense.flatten(1, 2), weights.flatten(1, 2)), "copies split dp·cp and nothing else"
+        for copies in (n for n in range(1, sizes.tp + 1) if sizes.tp % n == 0):
+            pieces = sizes.pieces(copies).permute(0, 1, 4, 2, 3)  # shard, then what it shares a node with
+            assert torch.equal(dense.flatten(1, 2), pieces.flatten(1, 2).flatten(2)), "dp·cp and tp split, nothing else"
 
 
 @pytest.mark.parametrize(
@@ -46,7 +47,7 @@ def test_all_views_cover_the_same_ranks(world: int) -> None:
         (Parallel(shard=3), 4, r"parallel.shard=3: must divide dp·cp=4; try [24]"),
         (Parallel(dp=0), 4, r"parallel.dp=0: must be at least 1"),
         (Parallel(cp=2), 4, r"parallel.cp=2: this version trains with cp=1 only"),
-        (Parallel(tp=2, ep=2), 4, r"parallel.tp=2.*\n.*parallel.ep=2"),
+        (Parallel(cp=2, ep=2), 4, r"parallel.cp=2.*\n.*parallel.ep=2"),
     ],
 )
 def test_impossible_cuts_are_refused(parallel: Parallel, world: int, message: str) -> None:

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 
 import numpy as np
@@ -11,26 +11,31 @@ import torch
 
 from farspan.parallel.context.shard import Batch
 from farspan.platform.data.loader import Loader, shares
-from farspan.platform.data.pack import Rows
+from farspan.platform.data.pack import PackedRows
+from farspan.platform.data.row import Row, Rows, collate
 
 
-def some_rows(lengths: tuple[int, ...] = (30, 50, 7, 200, 90)) -> Rows:
+def some_rows(lengths: tuple[int, ...] = (30, 50, 7, 200, 90)) -> PackedRows:
     """Shuffled rows of 16 tokens, over documents of these lengths whose tokens are all different."""
     sizes = np.array(lengths, np.int64)
     tokens = np.arange(sizes.sum(), dtype=np.uint16)
     starts = np.cumsum(sizes) - sizes
     tokens[starts + sizes - 1] = 65535
-    return Rows(tokens, starts, sizes, sequence_length=16, end=65535, seed=1)
+    return PackedRows(tokens, starts, sizes, sequence_length=16, end=65535, seed=1)
+
+
+def read(rows: Rows, numbers: Iterable[int]) -> Batch:
+    return collate([rows.row(number) for number in numbers], 65535)
 
 
 @pytest.mark.parametrize("dp", [1, 2, 4])
 @pytest.mark.parametrize("micro_batch", [1, 2, 3, 5, 100])
 def test_ranks_and_micro_batches_read_the_same_rows(dp: int, micro_batch: int) -> None:
     rows = some_rows()
-    whole = rows.batch(range(24, 36))
+    whole = read(rows, range(24, 36))
     ranges = [numbers for rank in range(dp) for numbers in shares(24, 12, micro_batch, rank, dp)]
     assert all(1 <= len(numbers) <= micro_batch for numbers in ranges)
-    parts = [rows.batch(numbers) for numbers in ranges]
+    parts = [read(rows, numbers) for numbers in ranges]
     for name in ("tokens", "labels", "positions"):
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
     assert sum((part.lengths for part in parts), ()) == whole.lengths
@@ -72,13 +77,13 @@ def test_starting_later_equals_skipping_steps(workers: int, prefetch: int) -> No
     assert len(rows) < 40  # so that several epochs pass
 
     def loader(start: int) -> Loader:
-        sizes = {"batch": 6, "micro_batch": 2, "dp_rank": 1, "dp": 2}
+        sizes = {"end": 65535, "batch": 6, "micro_batch": 2, "dp_rank": 1, "dp": 2}
         return Loader(rows, start, **sizes, pin=False, prefetch=prefetch, workers=workers)
 
     with closing(loader(0)) as early, closing(loader(5 * 6)) as late:
         steps = [next(early) for _ in range(12)]
         for number, step in enumerate(steps):
-            assert_equal_steps(step, [rows.batch(numbers) for numbers in shares(6 * number, 6, 2, 1, 2)])
+            assert_equal_steps(step, [read(rows, numbers) for numbers in shares(6 * number, 6, 2, 1, 2)])
         for step in steps[5:]:
             assert_equal_steps(step, next(late))
     with pytest.raises(RuntimeError, match="closed"):
@@ -95,15 +100,15 @@ class FaultyRowError(Exception):
 @pytest.mark.parametrize("error", [FaultyRowError(3, "torn"), StopIteration(), OSError(5, "input/output error")])
 def test_errors_in_threads_surface_and_close(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     rows = some_rows()
-    read = Rows.batch
+    real = PackedRows.row
 
-    def batch(self: Rows, numbers: range) -> Batch:
-        if 3 in numbers:
+    def row(self: PackedRows, number: int) -> Row:
+        if number == 3:
             raise error
-        return read(self, numbers)
+        return real(self, number)
 
-    monkeypatch.setattr(Rows, "batch", batch)
-    loader = Loader(rows, 0, batch=2, micro_batch=1, dp_rank=0, dp=1, pin=False)
+    monkeypatch.setattr(PackedRows, "row", row)
+    loader = Loader(rows, 0, end=65535, batch=2, micro_batch=1, dp_rank=0, dp=1, pin=False)
     assert torch.equal(next(loader)[1].tokens, read(rows, [1]).tokens)
     with pytest.raises(Exception, match=r"torn|input/output|StopIteration") as caught:
         next(loader)
@@ -116,15 +121,15 @@ def test_errors_in_threads_surface_and_close(monkeypatch: pytest.MonkeyPatch, er
 @pytest.mark.usefixtures("no_thread_left")
 def test_close_is_prompt_while_threads_are_busy(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = some_rows()
-    read, reading = Rows.batch, threading.Event()
+    real, reading = PackedRows.row, threading.Event()
 
-    def slow(self: Rows, numbers: range) -> Batch:
+    def slow(self: PackedRows, number: int) -> Row:
         reading.set()
         time.sleep(0.05)
-        return read(self, numbers)
+        return real(self, number)
 
-    monkeypatch.setattr(Rows, "batch", slow)
-    loader = Loader(rows, 0, batch=100, micro_batch=1, dp_rank=0, dp=1, pin=False, workers=2)  # 5 s a step
+    monkeypatch.setattr(PackedRows, "row", slow)
+    loader = Loader(rows, 0, end=65535, batch=100, micro_batch=1, dp_rank=0, dp=1, pin=False, workers=2)  # 5 s a step
     assert reading.wait(5)
     started = time.monotonic()
     loader.close()
@@ -134,7 +139,7 @@ def test_close_is_prompt_while_threads_are_busy(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.usefixtures("no_thread_left")
 def test_impossible_loaders_say_why() -> None:
     rows = some_rows()
-    sizes = {"batch": 2, "micro_batch": 1, "dp_rank": 0, "dp": 1}
+    sizes = {"end": 65535, "batch": 2, "micro_batch": 1, "dp_rank": 0, "dp": 1}
     with pytest.raises(ValueError, match="prefetch=0"):
         Loader(rows, 0, **sizes, pin=False, prefetch=0)
     with pytest.raises(ValueError, match="held_out"):
@@ -149,10 +154,10 @@ def test_impossible_loaders_say_why() -> None:
 @pytest.mark.usefixtures("no_thread_left")
 def test_pinned_batches_reach_the_gpu() -> None:
     rows = some_rows()
-    with closing(Loader(rows, 0, batch=4, micro_batch=4, dp_rank=0, dp=1, pin=True)) as loader:
+    with closing(Loader(rows, 0, end=65535, batch=4, micro_batch=4, dp_rank=0, dp=1, pin=True)) as loader:
         [batch] = next(loader)
     assert batch.cu_seqlens is not None
     assert all(tensor.is_pinned() for tensor in (batch.tokens, batch.labels, batch.positions, batch.cu_seqlens))
     there = batch.to(torch.device("cuda"))
     torch.cuda.synchronize()
-    assert torch.equal(there.tokens.cpu(), rows.batch(range(4)).tokens)
+    assert torch.equal(there.tokens.cpu(), read(rows, range(4)).tokens)

@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,9 @@ import torch
 
 from farspan.parallel.context.shard import IGNORE, Batch
 from farspan.platform.data import Text
-from farspan.platform.data.pack import Rows, permutation
+from farspan.platform.data.draws import permutation
+from farspan.platform.data.pack import PackedRows
+from farspan.platform.data.row import Rows, collate
 from farspan.platform.data.tokenizer import Bytes
 
 END = 256
@@ -55,7 +58,7 @@ def assert_batch(batch: Batch, expected: list[list[tuple[int, int, int, int]]]) 
     assert batch.cu_seqlens.tolist() == bounds + [bounds[-1]] * (entries - len(bounds))
 
 
-def numbered(lengths: list[int], length: int, seed: int | None = None) -> tuple[Rows, list[list[int]]]:
+def numbered(lengths: list[int], length: int, seed: int | None = None) -> tuple[PackedRows, list[list[int]]]:
     """Rows over documents whose tokens are all different, stored in another order than they are streamed."""
     values = iter(range(60000))
     documents = [[next(values) for _ in range(size)] for size in lengths]
@@ -67,11 +70,15 @@ def numbered(lengths: list[int], length: int, seed: int | None = None) -> tuple[
         flat += [*documents[which], 65535]
     sizes = np.array(lengths, np.int64) + 1
     tokens = np.array(flat, np.uint16)
-    return Rows(tokens, np.array(starts), sizes, sequence_length=length, end=65535, seed=seed), documents
+    return PackedRows(tokens, np.array(starts), sizes, sequence_length=length, end=65535, seed=seed), documents
 
 
-def epoch_rows(rows: Rows) -> Batch:
-    return rows.batch(range(len(rows)))
+def read(rows: Rows, numbers: Iterable[int], end: int = 65535) -> Batch:
+    return collate([rows.row(number) for number in numbers], end)
+
+
+def epoch_rows(rows: Rows, end: int = 65535) -> Batch:
+    return read(rows, range(len(rows)), end)
 
 
 def test_bytes_there_and_back() -> None:
@@ -95,22 +102,41 @@ def test_rows_equal_the_plain_reference(length: int, case: int) -> None:
     assert len(rows) == len(expected)
     assert_batch(epoch_rows(rows), expected)
     numbers = [draw.randrange(len(rows)) for _ in range(5)]
-    assert_batch(rows.batch(numbers), [expected[number] for number in numbers])
+    assert_batch(read(rows, numbers), [expected[number] for number in numbers])
 
 
 def test_cu_seqlens_is_none_only_where_every_row_is_one_document() -> None:
     rows, documents = numbered([7, 7, 20, 3], 8)
-    assert rows.batch([0, 1]).cu_seqlens is None
-    assert rows.batch([0, 1, 2, 3]).cu_seqlens is None
-    assert rows.batch([0, 4]).cu_seqlens is not None
+    assert read(rows, [0, 1]).cu_seqlens is None
+    assert read(rows, [0, 1, 2, 3]).cu_seqlens is None
+    assert read(rows, [0, 4]).cu_seqlens is not None
     many, documents = numbered([1] * 100, 40)
     assert_batch(epoch_rows(many), plain_rows(documents, 40, 65535))
+
+
+def test_labels_stop_at_bounds_and_not_at_end_tokens() -> None:
+    """Documents of Megatron files may lack the end token, hold it inside, or be empty."""
+    tokens = np.array([9, 1, 2, 9, 3, 4, 5, 9, 6], np.uint16)
+    starts, lengths = np.array([0, 3, 3, 7, 8]), np.array([3, 0, 4, 1, 1])
+    rows = PackedRows(tokens, starts, lengths, sequence_length=4, end=9, seed=None)
+    batch = epoch_rows(rows, 9)
+    assert batch.tokens.tolist() == [[9, 1, 2, 9], [3, 4, 5, 9], [6, 9, 9, 9]]
+    no = IGNORE
+    assert batch.labels.tolist() == [[1, 2, no, 3], [4, 5, no, no], [no, no, no, no]]
+    assert (batch.lengths, batch.padding) == ((3, 1, 3, 1, 1, 3), 3)
+    assert rows.documents().tolist() == [3, 4, 1, 1]
+
+
+def test_no_rows_say_so() -> None:
+    empty = np.empty(0, np.int64)
+    with pytest.raises(ValueError, match="nothing to read"):
+        PackedRows(np.empty(0, np.uint16), empty, empty, sequence_length=4, end=9, seed=None).row(0)
 
 
 @pytest.mark.parametrize("epoch", [0, 3])
 def test_an_epoch_covers_every_token_once(epoch: int) -> None:
     rows, documents = numbered([5, 90, 1, 33, 64, 17], 16, seed=11)
-    batch = rows.batch(range(epoch * len(rows), (epoch + 1) * len(rows)))
+    batch = read(rows, range(epoch * len(rows), (epoch + 1) * len(rows)))
     seen = batch.tokens[batch.tokens != 65535].tolist()
     assert sorted(seen) == sorted(token for document in documents for token in document)
     assert batch.valid == len(seen)
@@ -135,11 +161,11 @@ PINNED = [1, 0, 5, 6, 4, 2, 7, 3]
 def test_epochs_differ_and_held_out_rows_stay_in_order() -> None:
     shuffled, documents = numbered([100] * 20, 16, seed=3)
     count = len(shuffled)
-    first, second = shuffled.batch(range(count)), shuffled.batch(range(count, 2 * count))
+    first, second = read(shuffled, range(count)), read(shuffled, range(count, 2 * count))
     assert not torch.equal(first.tokens, second.tokens)
-    assert torch.equal(shuffled.batch([count - 1, count]).tokens, torch.stack([first.tokens[-1], second.tokens[0]]))
+    assert torch.equal(read(shuffled, [count - 1, count]).tokens, torch.stack([first.tokens[-1], second.tokens[0]]))
     plain, _ = numbered([100] * 20, 16)
-    assert torch.equal(plain.batch(range(count, 2 * count)).tokens, epoch_rows(plain).tokens)
+    assert torch.equal(read(plain, range(count, 2 * count)).tokens, epoch_rows(plain).tokens)
     assert_batch(epoch_rows(plain), plain_rows(documents, 16, 65535))
 
 
@@ -154,7 +180,7 @@ def test_corpus_equals_the_plain_reference(tmp_path: Path, case: int) -> None:
     built = config.build(seed=4)
     in_order = sorted(set(contents), key=lambda content: hashlib.blake2b(content, digest_size=16).digest())
     expected = plain_rows([list(content) for content in in_order], 9, END)
-    assert_batch(epoch_rows(built.train), [expected[row] for row in permutation(len(expected), 4, 0)])
+    assert_batch(epoch_rows(built.train, END), [expected[row] for row in permutation(len(expected), 4, 0)])
     assert len(built.held_out) == 0
 
 
@@ -162,7 +188,7 @@ def test_a_corpus_shorter_than_a_row_is_one_padded_row(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("hi")
     built = Text(paths=(str(tmp_path / "a.txt"),), sequence_length=5, cache=str(tmp_path)).build(seed=0)
     assert len(built.train) == 1
-    batch = built.train.batch([0])
+    batch = read(built.train, [0], END)
     assert batch.tokens.tolist() == [[104, 105, END, END, END]]
     assert batch.labels.tolist() == [[105, END, IGNORE, IGNORE, IGNORE]]
     assert batch.positions.tolist() == [[0, 1, 2, 0, 1]]

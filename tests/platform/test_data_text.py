@@ -1,5 +1,7 @@
 """The same contents give the same corpus, whatever the files are called, and whatever befalls them or the cache."""
 
+import gzip
+import json
 import os
 import random
 import shutil
@@ -15,10 +17,11 @@ import pytest
 import torch
 
 from farspan.parallel.context.shard import Batch
-from farspan.platform.data import Data, Text, text
-from farspan.platform.data.pack import Rows
-from farspan.platform.data.text import Corpus
-from farspan.platform.data.tokenizer import Bytes
+from farspan.platform.data import Data, Text, documents, store
+from farspan.platform.data.corpus import Corpus
+from farspan.platform.data.pack import PackedRows
+from farspan.platform.data.row import Rows, collate
+from farspan.platform.data.tokenizer import Bytes, open_tokenizer, train_bpe
 
 END = 256
 
@@ -44,17 +47,25 @@ def build(root: Path, cache: Path, **fields: Any) -> Corpus:
 
 
 def epoch_rows(rows: Rows) -> Batch:
-    return rows.batch(range(len(rows)))
+    return collate([rows.row(number) for number in range(len(rows))], END)
+
+
+def stream(rows: Rows) -> list[list[int]]:
+    """The tokens of every document, in order."""
+    if not len(rows):
+        return []
+    assert isinstance(rows, PackedRows)
+    order = np.argsort([rows._place(n) for n in range(len(rows))])
+    tokens = np.concatenate([rows.row(int(n)).tokens for n in order])
+    return [piece.tolist() for piece in np.split(tokens, np.cumsum(rows.documents()))[:-1]]
 
 
 def texts(rows: Rows) -> set[str]:
-    """The documents of rows in order, by their end tokens."""
-    if not len(rows):
-        return set()
-    order = np.argsort([rows._row(n) for n in range(len(rows))])
-    tokens = epoch_rows(rows).tokens[torch.from_numpy(order)].flatten().numpy()
-    pieces = np.split(tokens, np.flatnonzero(tokens == END) + 1)
-    return {Bytes().decode(piece) for piece in pieces} - {""}
+    """The documents of rows, each closed by one end token."""
+    found = stream(rows)
+    assert all(document[-1] == END and END not in document[:-1] for document in found)
+    assert len({tuple(document) for document in found}) == len(found)
+    return {Bytes().decode(document) for document in found}
 
 
 @pytest.mark.parametrize("share", [0.0, 1e-9, 0.3, 0.999999])
@@ -179,14 +190,14 @@ def test_duplicates_are_kept_once_and_never_stop(tmp_path: Path) -> None:
 
 
 def test_pieces_of_files_make_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text, "PIECE", 5)
+    monkeypatch.setattr(documents, "PIECE", 5)
     contents = {"marked.txt": b"\xef\xbb\xbf" + "été 漢字🙂".encode(), "bad.txt": b"long enough \xff", "z.txt": b"last"}
     root = write(tmp_path / "in", contents)
     assert texts(build(root, tmp_path / "cache").train) == {"été 漢字🙂", "last"}
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text, "PIECE", 1 << 18)
+    monkeypatch.setattr(documents, "PIECE", 1 << 18)
     root = write(tmp_path / "in", {"large.txt": b"sixteen letters " * (1 << 20)})
     tracemalloc.start()
     try:
@@ -202,6 +213,8 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, monkeypatch: pytes
         ({"paths": ()}, r"^paths=\(\): .*python-stdlib"),
         ({"paths": ("a", "")}, r"^paths\[1\]='': .*name a file"),
         ({"sequence_length": 0}, r"^sequence_length=0: must be at least 1; "),
+        ({"separator": ""}, r"^separator='': .*null"),
+        ({"field": ""}, r"^field='': .*column"),
         ({"held_out": 1.0}, r"^held_out=1.0: .*\[0, 1\); "),
         ({"held_out": -0.1}, r"^held_out=-0.1: "),
         ({"held_out": float("nan")}, r"^held_out=nan: "),
@@ -225,6 +238,97 @@ def test_missing_paths_and_empty_folders_say_what_was_searched(tmp_path: Path) -
     (tmp_path / "blocked").write_text("a file")
     with pytest.raises(ValueError, match=r"data.cache='.*blocked.*: cannot keep .*; set data.cache"):
         build(root, tmp_path / "blocked", suffixes=(".bin",))
+
+
+# Formats and tokenizers
+
+
+def test_the_same_documents_in_any_format_are_the_same_corpus(tmp_path: Path) -> None:
+    wanted = [content.decode() for content in scribble(7, documents=30, longest=60).values()]
+    lines = "".join(json.dumps({"body": {"text": text}}) + "\n" for text in [*wanted, *wanted[:5]]).encode()
+    write(tmp_path / "one", {f"{i}.txt": text.encode() for i, text in enumerate(wanted)})
+    write(tmp_path / "two", {"a.jsonl": lines})
+    write(tmp_path / "three", {"a.txt": "<|cut|>".join(reversed(wanted)).encode()})
+    write(tmp_path / "four", {"a.jsonl.gz": gzip.compress(lines[: len(lines) // 2]), "b.jsonl": lines})
+    fields: dict[str, Any] = {"field": "body.text", "separator": "<|cut|>", "held_out": 0.2}
+    built = [build(tmp_path / name, tmp_path / "cache", **fields) for name in ("one", "two", "three", "four")]
+    assert len({corpus.fingerprint for corpus in built}) == 1
+    for corpus in built:
+        assert texts(corpus.train) | texts(corpus.held_out) == set(wanted)
+        assert torch.equal(epoch_rows(corpus.train).tokens, epoch_rows(built[0].train).tokens)
+    assert any("left out 5 duplicate: " in note and "a.jsonl:31" in note for note in built[1].notes)
+    assert any("1 not JSON: " in note and "a.jsonl.gz:" in note for note in built[3].notes)
+    with pytest.raises(ValueError, match=r"a\.jsonl\.gz:\d+ is not JSON; mend .*bad_files=skip"):
+        build(tmp_path / "four", tmp_path / "cache", **fields, bad_files="stop")
+
+
+def learn(path: Path, vocabulary: int = 300) -> Path:
+    train_bpe(iter(["the same words, the same merges, été and 漢字 again and again "] * 3), vocabulary, ["<|x|>"], path)
+    return path
+
+
+def test_a_tokenizer_reads_documents_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = open_tokenizer(str(learn(tmp_path / "tokenizer.json")), None)
+    contents = [f"{i} the same {'été 漢字 ' * i}and again" for i in range(40)]
+    root = write(tmp_path / "in", {f"{i:02}.txt": text.encode() for i, text in enumerate([*contents, contents[3]])})
+    wanted = {(*tokenizer.encode(text).tolist(), tokenizer.end) for text in contents}
+    monkeypatch.setattr(documents, "PIECE", 7)
+    for batch in (1, 100, 1 << 20):
+        monkeypatch.setattr(store, "BATCH", batch)
+        built = build(root, tmp_path / f"cache{batch}", tokenizer=str(tmp_path / "tokenizer.json"))
+        assert sorted(map(tuple, stream(built.train))) == sorted(wanted)
+        assert any("left out 1 duplicate: " in note and "40.txt" in note for note in built.notes)
+    assert built.tokenizer.name == tokenizer.name
+
+
+def test_a_document_that_a_tokenizer_leaves_nothing_of_is_left_out(tmp_path: Path) -> None:
+    path = learn(tmp_path / "tokenizer.json")
+    strip = {"type": "Strip", "strip_left": True, "strip_right": True}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"normalizer": strip}))
+    root = write(tmp_path / "in", {"a.txt": b" \n ", "b.txt": b"again", "c.txt": b" "})
+    built = build(root, tmp_path / "cache", tokenizer=str(path))
+    assert len(stream(built.train)) == 1
+    assert any("left out 2 without a single token: " in note and "a.txt" in note for note in built.notes)
+    with pytest.raises(ValueError, match=r"a\.txt is without a single token; mend"):
+        build(root, tmp_path / "cache", tokenizer=str(path), bad_files="stop")
+
+
+def test_the_tokenizer_is_part_of_the_identity(tmp_path: Path) -> None:
+    root = write(tmp_path / "in", scribble(4, documents=10, longest=30))
+    path = learn(tmp_path / "tokenizer.json")
+    first = build(root, tmp_path / "cache", tokenizer=str(path))
+    (tmp_path / "elsewhere").mkdir()
+    moved = shutil.copy(path, tmp_path / "elsewhere/tokenizer.json")
+    again = build(root, tmp_path / "cache", tokenizer=str(tmp_path / "elsewhere"))
+    assert (again.fingerprint, again.tokenizer.name) == (first.fingerprint, first.tokenizer.name)
+    assert "reused" in again.notes[-1]
+    other_end = build(root, tmp_path / "cache", tokenizer=str(moved), end="<|x|>")
+    learn(path, 290)
+    retrained = build(root, tmp_path / "cache", tokenizer=str(path))
+    plain = build(root, tmp_path / "cache")
+    different = (first, other_end, retrained, plain)
+    assert len({corpus.fingerprint for corpus in different}) == 4
+    assert len({corpus.tokenizer.name for corpus in different}) == 4
+    assert "reused" not in "".join(corpus.notes[-1] for corpus in different[1:])
+
+
+def test_a_vocabulary_beyond_16_bits(tmp_path: Path) -> None:
+    words = {f"w{i}": i for i in range(1 << 16)} | {"</s>": 1 << 16, "[UNK]": (1 << 16) + 1}
+    model = {"type": "WordLevel", "vocab": words, "unk_token": "[UNK]"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": model, "pre_tokenizer": {"type": "Whitespace"}}))
+    write(tmp_path / "in", {"a.txt": b"w65535 w1 other", "b.txt": b"w65534"})
+    for _ in ("built", "from the cache"):
+        built = build(tmp_path / "in", tmp_path / "cache", tokenizer=str(tmp_path))
+        assert sorted(stream(built.train)) == [[65534, 65536], [65535, 1, 65537, 65536]]
+    assert built.tokenizer.vocabulary == 65538
+
+
+def test_impossible_tokenizers_say_why(tmp_path: Path) -> None:
+    root = write(tmp_path / "in", {"a.txt": b"a"})
+    with pytest.raises(ValueError, match=r"data.tokenizer='.*/nowhere': no tokenizer at .*; name bytes, "):
+        Text(paths=(str(root),), sequence_length=4, tokenizer=f"{root}/nowhere").find()
+    with pytest.raises(ValueError, match=r"data.end='<eos>': bytes end .*; leave data.end out"):
+        Text(paths=(str(root),), sequence_length=4, end="<eos>").find()
 
 
 # The cache
@@ -306,15 +410,15 @@ def test_the_cache_follows_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyP
     os.utime(root / "a.txt", ns=(1, 1))
     assert texts(build(root, cache).train) == {"1st", "two"}
 
-    pieces = text._pieces
+    blocks = documents._blocks
 
-    def forbidden(path: str) -> Iterator[str]:
+    def forbidden(path: str) -> Iterator[bytes]:
         if path.endswith("c.txt"):
-            raise text._NoDocument("unreadable")
-        return pieces(path)
+            raise documents._Damage("unreadable")
+        return blocks(path)
 
     write(root, {"c.txt": b"three"})
-    monkeypatch.setattr(text, "_pieces", forbidden)
+    monkeypatch.setattr(documents, "_blocks", forbidden)
     assert texts(build(root, cache).train) == {"1st", "two"}
     monkeypatch.undo()  # nothing in size or mtime tells that it became readable
     again = build(root, cache)

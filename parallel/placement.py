@@ -1,0 +1,52 @@
+"""How a weight is cut over the tp axis: models declare it, `parallel.tensor` does it."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Column:
+    """Cut along the outputs, dimension 0: each rank computes some of them."""
+
+    units: int | None = None
+    """Pieces that stay whole, such as heads; where they are fewer than ranks, several hold the same one. None: rows."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Cut along the inputs, dimension 1: each rank computes a part of every output, to be summed."""
+
+
+Placement = Column | Row
+"""A weight that declares none is held whole by every rank, and the ranks' gradients of it are summed."""
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A weight on tp ranks: `parts` different pieces along `dim`, each held by `copies` ranks; tp = parts · copies."""
+
+    dim: int
+    parts: int
+    copies: int
+
+    def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of one piece."""
+        return tuple(size // self.parts if i == self.dim else size for i, size in enumerate(whole))
+
+    def part(self, rank: int) -> int:
+        """Which piece this rank of tp holds."""
+        return rank // self.copies
+
+
+def pieces(placement: Placement | None, shape: tuple[int, ...], tp: int) -> Pieces:
+    """Where `placement` puts a weight of `shape` on `tp` ranks; ValueError when it cannot be cut so."""
+    if placement is None:
+        return Pieces(dim=0, parts=1, copies=tp)
+    dim = 0 if isinstance(placement, Column) else 1
+    units = placement.units if isinstance(placement, Column) and placement.units is not None else shape[dim]
+    parts = min(units, tp)
+    if units % parts or tp % parts or shape[dim] % parts:
+        raise ValueError(
+            f"{units} pieces of dimension {dim} of {tuple(shape)} cannot be dealt out to tp={tp} ranks; "
+            "parallel.tp must divide them, or be a multiple of them"
+        )
+    return Pieces(dim=dim, parts=parts, copies=tp // parts)
