@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,7 +18,9 @@ from farspan.parallel.context.shard import Batch
 from farspan.parallel.fsdp import full
 from farspan.parallel.mesh import Mesh, Parallel
 from farspan.platform import metrics
-from farspan.platform.data import Text
+from farspan.platform.data import Text, Tokens
+from farspan.platform.data.index import write
+from farspan.platform.data.tokenizer import train_bpe
 from farspan.platform.job import Checkpoint, Evaluate, Job, Sample, Train
 from farspan.platform.metrics import Metrics
 from farspan.platform.optim import Adamw
@@ -196,19 +199,50 @@ def test_a_step_that_is_not_finite_is_skipped(ranks: Any, corpus: Path, tmp_path
         assert all(weight.isfinite().all() for weight in told["weights"].values())
 
 
-def refused(folder: str, corpus: str) -> str:
-    Session(job(corpus, 4), folder).run()
-    (Path(corpus) / "new.py").write_text("x = 1\n" * 30)
+def refused(folder: str, corpus: str, change: str) -> str:
+    """Trains on a corpus, changes one thing about it, and comes back."""
+    learnt, prefix = Path(folder, "bpe.json"), str(Path(folder, "flat"))
+
+    def prepare(letters: str) -> None:
+        learnt.unlink(missing_ok=True)
+        train_bpe(iter([letters * 9]), 270, [], learnt)
+        for end in (".bin", ".idx"):
+            Path(prefix + end).unlink(missing_ok=True)
+        write(prefix, (np.frombuffer((letters * n).encode(), np.uint8) for n in range(9, 20)), np.dtype(np.uint16))
+
+    Path(folder).mkdir()
+    prepare("ab cd ")
+    text = {"sequence_length": 48, "held_out": 0.2, "cache": f"{folder}/cache"}
+    data = {
+        "documents": Text(paths=(corpus,), **text),
+        "tokenizer": Text(paths=(corpus,), tokenizer=str(learnt), **text),
+        "index": Tokens(paths=(prefix,), tokenizer="bytes", sequence_length=48, held_out=0.2),
+    }[change]
+    wanted = dataclasses.replace(job(corpus, 2), data=data)
+    Session(wanted, folder).run()
+    if change == "documents":
+        (Path(corpus) / "new.py").write_text("x = 1\n" * 30)
+    else:
+        prepare("ad cb ")
     try:
-        Session(job(corpus, 8), folder)
+        Session(dataclasses.replace(wanted, train=dataclasses.replace(wanted.train, steps=4)), folder)
     except ValueError as error:
         return str(error)
     return "no error"
 
 
-def test_a_changed_corpus_is_refused(ranks: Any, corpus: Path, tmp_path: Path) -> None:
-    text = ranks(1, refused, folder=str(tmp_path / "r"), corpus=str(corpus))[0]
-    assert "the corpus has changed since" in text and "restore the files, or start a run under a new name" in text
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("documents", "the corpus has changed since"),
+        ("index", "the corpus has changed since"),
+        ("tokenizer", "the tokenizer has changed since"),
+    ],
+)
+def test_a_changed_corpus_is_refused(ranks: Any, corpus: Path, tmp_path: Path, change: str, message: str) -> None:
+    """The .bin keeps its size and its index: only the tokens inside are others."""
+    text = ranks(1, refused, folder=str(tmp_path / "r"), corpus=str(corpus), change=change)[0]
+    assert message in text and "or start a run under a new name" in text
 
 
 def failing_disk(folder: str, corpus: str) -> dict[str, Any]:
