@@ -14,7 +14,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from farspan.launch.on_ray import Ray
 from farspan.launch.runner import Launch
-from farspan.platform.config import ConfigError, _classes, _is_choice, _name, _nearest, _options, encode, kind
+from farspan.platform.config import ConfigError, classes_of, encode, in_words, is_choice, kind, nearest, options_of
 from farspan.platform.job import Job
 
 
@@ -74,8 +74,8 @@ def words_of(owner: type) -> str:
 
 def classes_in(hint: Any) -> list[type]:
     """The configuration classes of a type, those of list items and of named parts included."""
-    found = list(_classes(hint))
-    for option in _options(hint):
+    found = list(classes_of(hint))
+    for option in options_of(hint):
         if get_origin(option) in (tuple, dict):
             found += classes_in(get_args(option)[-1 if get_origin(option) is dict else 0])
     return found
@@ -102,11 +102,11 @@ def _into(here: Sequence[Key], part: str, path: str) -> list[Key]:
                 _add(found, child, kinds)
     if found:
         return found
-    if named := [key for key in here if any(get_origin(option) is dict for option in _options(key.hint))]:
+    if named := [key for key in here if any(get_origin(option) is dict for option in options_of(key.hint))]:
         return [Key(path=f"{key.path}.NAME", hint=_items(key.hint)) for key in named]
     known = dict.fromkeys(name for key, cls in owners for name in (_kind(key, cls), *_names(cls)) if name)
     at = next((key.path for key in here if key.path), "")
-    raise ConfigError([f"--explain {path}: {at or 'a configuration'} has no key {part}{_nearest(part, known)}"])
+    raise ConfigError([f"--explain {path}: {at or 'a configuration'} has no key {part}{nearest(part, known)}"])
 
 
 def _add(found: list[Key], key: Key, more: tuple[str, ...]) -> None:
@@ -123,7 +123,7 @@ def _overview(width: int) -> Iterator[str]:
     yield ""
     for key in keys(File):
         inside = classes_in(key.hint)
-        chosen = f"kind: {' | '.join(map(kind, inside))}" if _is_choice(key.hint) else ""
+        chosen = f"kind: {' | '.join(map(kind, inside))}" if is_choice(key.hint) else ""
         said = key.text or ("" if chosen or not inside else words_of(inside[0])) or ("" if chosen else _type(key.hint))
         first = re.split(r"(?<=\.)\s", " ".join(said.split()), maxsplit=1)[0]
         words = textwrap.shorten(f"{first} {chosen}", width - 14, placeholder=" …")
@@ -141,7 +141,7 @@ def _entry(key: Key, width: int) -> Iterator[str]:
         text = key.text or _mention(key)
         if text:
             yield from _wrapped(text, width, 2)
-    choice = key.owner is not None and any(_is_choice(hint) for hint in _layers(key.hint))
+    choice = key.owner is not None and any(is_choice(hint) for hint in _layers(key.hint))
     for cls in inside:
         yield ""
         if choice:
@@ -176,7 +176,7 @@ def _value(key: Key) -> str:
         return f"{_type(key.hint)}; required"
     default = _yaml(encode(key.default, key.hint))
     if dataclasses.is_dataclass(key.default) and len(default) > 50:
-        default = "{kind: " + kind(type(key.default)) + ", …}" if _is_choice(key.hint) else "as below"
+        default = "{kind: " + kind(type(key.default)) + ", …}" if is_choice(key.hint) else "as below"
     return f"{_type(key.hint)}; default {default}"
 
 
@@ -188,35 +188,35 @@ def _mention(key: Key) -> str:
 
 def _type(hint: Any) -> str:
     """A type in words."""
-    if _is_choice(hint):
-        return _name(hint)
+    if is_choice(hint):
+        return in_words(hint)
     parts = []
-    for option in _options(hint):
+    for option in options_of(hint):
         if get_origin(option) is tuple:
             parts.append(f"a list, each item {_type(get_args(option)[0])}")
         elif get_origin(option) is dict:
             parts.append(f"names, each with {_type(get_args(option)[1])}")
         else:
-            parts.append(_name(option))
+            parts.append(in_words(option))
     return " or ".join(parts)
 
 
 def _layers(hint: Any) -> Iterator[Any]:
     """The type, and those of its items."""
     yield hint
-    for option in _options(hint):
+    for option in options_of(hint):
         if get_origin(option) in (tuple, dict):
             yield from _layers(get_args(option)[-1 if get_origin(option) is dict else 0])
 
 
 def _items(hint: Any) -> Any:
     """The type of what a mapping's names stand for."""
-    return next(get_args(option)[1] for option in _options(hint) if get_origin(option) is dict)
+    return next(get_args(option)[1] for option in options_of(hint) if get_origin(option) is dict)
 
 
 def _kind(key: Key, cls: type) -> str | None:
     """The name of `cls` as a kind at this key; None where there is no choice, or it is made."""
-    return kind(cls) if any(_is_choice(hint) and cls in _classes(hint) for hint in _layers(key.hint)) else None
+    return kind(cls) if any(is_choice(hint) and cls in classes_of(hint) for hint in _layers(key.hint)) else None
 
 
 def _names(cls: type) -> list[str]:

@@ -19,6 +19,8 @@ from farspan.parallel.tensor import Vocabulary, Whole
 
 @dataclass(frozen=True, kw_only=True)
 class Decoder:
+    """A causal language model of equal or different layers."""
+
     width: int
     """Channels of the residual stream."""
     blocks: tuple[Block, ...]

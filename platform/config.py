@@ -111,7 +111,7 @@ def encode(value: Any, hint: Any = Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         hints = get_type_hints(type(value), include_extras=True)
         tree = {f.name: encode(getattr(value, f.name), hints[f.name]) for f in dataclasses.fields(value)}
-        return {"kind": kind(type(value)), **tree} if _is_choice(hint) else tree
+        return {"kind": kind(type(value)), **tree} if is_choice(hint) else tree
     if isinstance(value, tuple):
         return [encode(item, _inside(hint, tuple)) for item in value]
     if isinstance(value, dict):
@@ -121,7 +121,7 @@ def encode(value: Any, hint: Any = Any) -> Any:
 
 def _inside(hint: Any, container: type) -> Any:
     """The type of a container's items, looked up through unions."""
-    for option in _options(hint):
+    for option in options_of(hint):
         if get_origin(option) is container:
             return get_args(option)[-1 if container is dict else 0]
     return Any
@@ -156,23 +156,23 @@ def dump(tree: Plain) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(tree))
 
 
-def _is_choice(hint: Any) -> bool:
+def is_choice(hint: Any) -> bool:
     """Whether a `kind` picks the class: a union of dataclasses, or one marked `Annotated[Text, "choice"]` today."""
     if get_origin(hint) in (Union, types.UnionType):
-        return len(_classes(hint)) > 1 or any(_is_choice(arg) for arg in get_args(hint))
+        return len(classes_of(hint)) > 1 or any(is_choice(arg) for arg in get_args(hint))
     return "choice" in getattr(hint, "__metadata__", ())
 
 
-def _classes(hint: Any) -> list[type]:
-    return [arg for arg in _options(hint) if dataclasses.is_dataclass(arg) and isinstance(arg, type)]
+def classes_of(hint: Any) -> list[type]:
+    return [arg for arg in options_of(hint) if dataclasses.is_dataclass(arg) and isinstance(arg, type)]
 
 
-def _options(hint: Any) -> tuple[Any, ...]:
+def options_of(hint: Any) -> tuple[Any, ...]:
     """The members of a union, flat; of anything else, itself."""
     if getattr(hint, "__metadata__", None) is not None:
-        return _options(get_args(hint)[0])
+        return options_of(get_args(hint)[0])
     if get_origin(hint) in (Union, types.UnionType):
-        return tuple(option for arg in get_args(hint) for option in _options(arg))
+        return tuple(option for arg in get_args(hint) for option in options_of(arg))
     return (hint,)
 
 
@@ -183,12 +183,12 @@ class _Decoder:
     problems: list[str] = field(default_factory=list)
 
     def value(self, tree: Any, hint: Any, path: str) -> Any:
-        options = _options(hint)
+        options = options_of(hint)
         if tree is None and types.NoneType in options:
             return None
-        classes = _classes(hint)
+        classes = classes_of(hint)
         if isinstance(tree, dict) and classes:
-            if _is_choice(hint):
+            if is_choice(hint):
                 return self.choice(tree, classes, path)
             return self.dataclass(tree, classes[0], path)
         for option in options:
@@ -199,7 +199,7 @@ class _Decoder:
                 return tuple(self.value(item, get_args(option)[0], f"{path}.{i}") for i, item in enumerate(tree))
             if get_origin(option) is dict and isinstance(tree, dict):
                 return {key: self.value(item, get_args(option)[1], _join(path, key)) for key, item in tree.items()}
-        self.problems.append(f"{path}={_show(tree)}: must be {_name(hint)}{_quote_hint(tree, options)}")
+        self.problems.append(f"{path}={_show(tree)}: must be {in_words(hint)}{_quote_hint(tree, options)}")
         return None
 
     def choice(self, tree: Plain, classes: list[type], path: str) -> Any:
@@ -209,7 +209,7 @@ class _Decoder:
             self.problems.append(f"{path}: needs a kind; one of {', '.join(sorted(kinds))}")
             return None
         if not isinstance(chosen, str) or chosen not in kinds:
-            self.problems.append(f"{path}.kind={_show(chosen)}: unknown kind{_nearest(str(chosen), kinds)}")
+            self.problems.append(f"{path}.kind={_show(chosen)}: unknown kind{nearest(str(chosen), kinds)}")
             return None
         rest = {key: child for key, child in tree.items() if key != "kind"}
         if f"{path}.kind" in self.overridden:
@@ -237,13 +237,13 @@ class _Decoder:
         before = len(self.problems)
         for key in tree:
             if key not in fields:
-                self.problems.append(f"{_join(path, key)}={_show(tree[key])}: unknown key{_nearest(key, fields)}")
+                self.problems.append(f"{_join(path, key)}={_show(tree[key])}: unknown key{nearest(key, fields)}")
         values = {}
         for name, f in fields.items():
             if name in tree:
                 values[name] = self.value(tree[name], hints[name], _join(path, name))
             elif f.default is MISSING and f.default_factory is MISSING:
-                self.problems.append(f"{_join(path, name)}: missing; it must be {_name(hints[name])}")
+                self.problems.append(f"{_join(path, name)}: missing; it must be {in_words(hints[name])}")
         if len(self.problems) > before:
             return None
         try:
@@ -280,7 +280,7 @@ def _show(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _name(hint: Any) -> str:
+def in_words(hint: Any) -> str:
     """A type in words, for an error."""
     words = {
         int: "an integer",
@@ -289,15 +289,15 @@ def _name(hint: Any) -> str:
         bool: "true or false",
         types.NoneType: "null",
     }
-    if _is_choice(hint):
-        none = " or null" if types.NoneType in _options(hint) else ""
-        return f"a mapping with kind: {' | '.join(kind(cls) for cls in _classes(hint))}{none}"
+    if is_choice(hint):
+        none = " or null" if types.NoneType in options_of(hint) else ""
+        return f"a mapping with kind: {' | '.join(kind(cls) for cls in classes_of(hint))}{none}"
     parts = []
-    for option in _options(hint):
+    for option in options_of(hint):
         if get_origin(option) is Literal:
             parts += [str(arg) for arg in get_args(option)]
         elif get_origin(option) is tuple:
-            parts.append(f"a list of {_name(get_args(option)[0])}")
+            parts.append(f"a list of {in_words(get_args(option)[0])}")
         else:
             parts.append(words.get(option, f"keys of {getattr(option, '__name__', option)}"))
     return " or ".join(parts)
@@ -309,7 +309,7 @@ def _quote_hint(tree: Any, options: tuple[Any, ...]) -> str:
     )
 
 
-def _nearest(word: str, known: Iterable[str]) -> str:
+def nearest(word: str, known: Iterable[str]) -> str:
     """The way out of an unknown key: the nearest one, or all there are."""
     names: Mapping[str, None] = dict.fromkeys(known)
     near = difflib.get_close_matches(word, names, n=1, cutoff=0.5)

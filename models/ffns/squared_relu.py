@@ -12,6 +12,8 @@ from farspan.parallel.placement import Column, Placement, Row
 
 @dataclass(frozen=True, kw_only=True)
 class SquaredRelu:
+    """relu(x·up)², then down (So et al., 2021)."""
+
     hidden: int
     """Channels between the two products."""
 

@@ -12,6 +12,8 @@ from farspan.parallel.placement import Column, Placement, Row
 
 @dataclass(frozen=True, kw_only=True)
 class Swiglu:
+    """silu(x·gate) ∘ (x·up), then down (Shazeer, 2020)."""
+
     hidden: int
     """Channels between the two products."""
 

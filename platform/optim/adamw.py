@@ -11,6 +11,8 @@ from farspan.parallel.fsdp import local
 
 @dataclass(frozen=True, kw_only=True)
 class Adamw:
+    """Adam with decoupled weight decay (Loshchilov and Hutter, 2019), in torch's fused kernel."""
+
     rate: float
     """Peak learning rate; the schedule scales it."""
     betas: tuple[float, ...] = (0.9, 0.95)
