@@ -90,6 +90,7 @@ def _build(parsed: argparse.Namespace) -> int:
     if (sidecar := Path(f"{prefix}.json")).exists():
         raise ValueError(f"--out {parsed.out}: {sidecar} exists; remove it or name another prefix")
     try:
+        sidecar.parent.mkdir(parents=True, exist_ok=True)
         with index.create(prefix, index.token_type(tokenizer.vocabulary)) as (file, lengths):
             tape = Tape(file, tokenizer, close=parsed.append_end)
             tape.fill(text.parts(listing))
@@ -142,12 +143,14 @@ def _tokenizer(parsed: argparse.Namespace) -> int:
                 left_out.note(*part)
 
     try:
+        parsed.out.parent.mkdir(parents=True, exist_ok=True)
         vocabulary = train_bpe(texts(), parsed.vocabulary, parsed.special, parsed.out)
     except OSError as error:
         raise _unwritable(parsed.out, error) from error
     for line in left_out.lines():
         print(line)
-    print(f"{vocabulary:,} tokens learnt in {time.monotonic() - started:.1f} s: {parsed.out}")
+    fewer = f", fewer than {parsed.vocabulary:,}: the texts hold no more" if vocabulary < parsed.vocabulary else ""
+    print(f"{vocabulary:,} tokens learnt{fewer}, in {time.monotonic() - started:.1f} s: {parsed.out}")
     return int(Exit.DONE)
 
 

@@ -62,12 +62,17 @@ class Parallel:
         if world % inner or (self.dp != "auto" and self.dp * inner != world):
             return [
                 f"parallel: pp={self.pp} · dp={self.dp} · cp={self.cp} · tp={self.tp} must be the {world} ranks of "
-                f"launch; try dp={max(1, world // inner)}, or launch.ranks={self.dp if self.dp != 'auto' else inner}"
+                f"launch; {self._way_out(world, inner)}"
             ]
         whole = world // self.pp // self.tp
         if self.shard != "auto" and whole % self.shard:
             return [f"parallel.shard={self.shard}: must divide dp·cp={whole}; try {_divisor(whole, self.shard)}"]
         return []
+
+    def _way_out(self, world: int, inner: int) -> str:
+        """What makes `inner` ranks of the other axes times dp the world."""
+        ranks = f"launch.ranks={inner if self.dp == 'auto' else self.dp * inner} in all"
+        return ranks if world % inner else f"try dp={world // inner}, or {ranks}"
 
     def sizes(self, world: int) -> "Sizes":
         """The sizes with every `auto` resolved; ValueError when they do not cover `world`."""

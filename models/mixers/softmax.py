@@ -23,9 +23,9 @@ class Softmax:
     heads: int
     """Query heads."""
     kv_heads: int | None = None
-    """Key and value heads, each shared by heads/kv_heads query heads; None: as many as `heads`."""
+    """Key and value heads, each shared by heads/kv_heads query heads; null: as many as `heads`."""
     head_dim: int | None = None
-    """Channels of a head; None: width / heads."""
+    """Channels of a head; null: width / heads."""
     rope: Rope | None = Rope()
     """Rotary positions; null: none."""
     qk_norm: bool = False

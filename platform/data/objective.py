@@ -47,6 +47,14 @@ class Sentinels:
             vocabulary += known is None
         return Sentinels(ids=ids, end=tokenizer.end, vocabulary=vocabulary)
 
+    def notes(self, tokenizer: Language) -> tuple[str, ...]:
+        """What to say of names that the tokenizer lacks: a slip in a name would otherwise train other tokens."""
+        added = [name for name, number in self.ids.items() if number >= tokenizer.vocabulary]
+        if not added:
+            return ()
+        shown = ", ".join(added[:3]) + (f" and {len(added) - 3} more" if len(added) > 3 else "")
+        return (f"not in the tokenizer, and added after its {tokenizer.vocabulary:,} tokens: {shown}",)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Causal:

@@ -37,11 +37,11 @@ class Text:
     tokenizer: str = "bytes"
     """bytes, a tokenizer.json, or a folder that holds one."""
     end: str | None = None
-    """Name of the token that ends a document; None: the first known name that the tokenizer.json has."""
+    """Name of the token that ends a document; null: the first known name that the tokenizer.json has."""
     field: str = "text"
     """Where the text of a .jsonl line or a .parquet row stands; a dot goes one level down."""
     separator: str | None = None
-    """What lies between the documents of a text file, taken out wherever it occurs; None: a file is a document."""
+    """What lies between the documents of a text file, taken out wherever it occurs; null: a file is a document."""
     suffixes: tuple[str, ...] = SUFFIXES
     """Which files of a folder are taken; a file named outright or matched by a glob always is."""
     held_out: float = 0.01
@@ -49,7 +49,7 @@ class Text:
     bad_files: Literal["skip", "stop"] = "skip"
     """What to do about files and lines that are unreadable, empty, not UTF-8 or without the field."""
     cache: str | None = None
-    """Folder of the token cache; None: farspan in $XDG_CACHE_HOME, or in ~/.cache."""
+    """Folder of the token cache; null: farspan in $XDG_CACHE_HOME, or in ~/.cache."""
 
     packing: Packing = Packed()
     """Full rows of documents end to end, or a row for each document."""
@@ -109,6 +109,7 @@ class Text:
         notes = (
             f"{len(listing.files):,} files, {len(packed.hashes):,} documents, {len(packed.tokens):,} tokens",
             *packed.left_out.lines(),
+            *marks.notes(tokenizer),
             f"{len(train):,} training rows and {len(held_out):,} held-out rows of {self.sequence_length:,} tokens, "
             f"from {len(order) - kept:,} and {kept:,} documents",
             origin,
@@ -126,7 +127,7 @@ class Text:
         lines = "".join(f"; {line}" for line in left_out.lines())
         return ValueError(
             f"data.paths={self.paths!r}: no document in {files} files (of folders, those that end in "
-            f"{', '.join(self.suffixes)}){lines}; name other paths, or widen data.suffixes"
+            f"{', '.join(self.suffixes)}){lines}; name other paths, the right field, or wider data.suffixes"
         )
 
     def _rows(self, packed: Stored, chosen: NDArray[np.intp], tokenizer: Tokenizer, seed: int | None) -> Rows:

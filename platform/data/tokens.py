@@ -37,7 +37,7 @@ class Tokens:
     tokenizer: str
     """What wrote the tokens: bytes, a tokenizer.json, or a folder that holds one."""
     end: str | None = None
-    """Name of the token that ends a document; None: the first known name that the tokenizer.json has."""
+    """Name of the token that ends a document; null: the first known name that the tokenizer.json has."""
     held_out: float = 0.01
     """Share of the documents kept for evaluation, chosen by a hash of their number and of the index."""
 
@@ -70,7 +70,7 @@ class Tokens:
         """Looks for every file and the tokenizer. ValueError: one that is missing, or not what its sidecar says."""
         tokenizer = open_tokenizer(self.tokenizer, self.end)
         for prefix in _expand(self.paths):
-            _agree(prefix, tokenizer)
+            _agree(prefix, tokenizer, self.tokenizer)
 
     def build(self, seed: int, sentinels: Sequence[str] | None = None) -> Corpus:
         """Map the files; `seed` orders the training rows.
@@ -81,7 +81,7 @@ class Tokens:
         tokenizer = open_tokenizer(self.tokenizer, self.end)
         prefixes = _expand(self.paths)
         for prefix in prefixes:
-            _agree(prefix, tokenizer)
+            _agree(prefix, tokenizer, self.tokenizer)
         sets = [index.read(prefix) for prefix in prefixes]
         maps = Maps([one.tokens for one in sets], [f"{prefix}.bin" for prefix in prefixes], tokenizer.vocabulary)
         hashes = [_digest(index.files(prefix)[1]) for prefix in prefixes]
@@ -99,6 +99,7 @@ class Tokens:
         notes = (
             f"{len(sets):,} datasets, {len(starts):,} documents, {lengths.sum():,} tokens",
             _ends(maps, starts + lengths - 1, tokenizer.end),
+            *marks.notes(tokenizer),
             f"{len(train):,} training rows and {len(held_out):,} held-out rows of {self.sequence_length:,} tokens, "
             f"from {len(order) - kept:,} and {kept:,} documents",
         )
@@ -193,7 +194,7 @@ def _exists(prefix: str) -> bool:
     return any(path.is_file() for path in index.files(prefix))
 
 
-def _agree(prefix: str, tokenizer: Tokenizer) -> None:
+def _agree(prefix: str, tokenizer: Tokenizer, given: str) -> None:
     """ValueError: `launch data build` wrote the dataset with another tokenizer, as its sidecar says."""
     path = Path(f"{prefix}.json")
     if not path.is_file():
@@ -204,7 +205,7 @@ def _agree(prefix: str, tokenizer: Tokenizer) -> None:
         raise ValueError(f"{path}: cannot be read as what launch data build writes ({error}); remove it") from error
     if name != tokenizer.name:
         raise ValueError(
-            f"data.tokenizer: {prefix} was written by the tokenizer {name}, and the one named is {tokenizer.name}; "
+            f"data.tokenizer={given}: is {tokenizer.name}, and {prefix} was written by {name}; "
             "name that one, with its data.end, or build again"
         )
 

@@ -43,7 +43,8 @@ def test_all_views_cover_the_same_ranks(world: int) -> None:
 @pytest.mark.parametrize(
     ("parallel", "world", "message"),
     [
-        (Parallel(dp=3), 4, r"dp=3.*must be the 4 ranks of launch; try dp=4, or launch.ranks=3"),
+        (Parallel(dp=3), 4, r"dp=3.*must be the 4 ranks of launch; try dp=4, or launch.ranks=3 in all"),
+        (Parallel(dp=1, tp=2), 1, r"must be the 1 ranks of launch; launch.ranks=2 in all$"),
         (Parallel(shard=3), 4, r"parallel.shard=3: must divide dp·cp=4; try [24]"),
         (Parallel(dp=0), 4, r"parallel.dp=0: must be at least 1"),
         (Parallel(cp=2), 4, r"parallel.cp=2: this version trains with cp=1 only"),

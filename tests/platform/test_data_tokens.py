@@ -138,7 +138,7 @@ def test_a_sidecar_holds_the_tokenizer_to_its_word(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text(json.dumps({"tokenizer": "bytes", "end": 256}))
     Tokens(paths=(prefix,), sequence_length=8, tokenizer="bytes").find()
     (tmp_path / "x.json").write_text(json.dumps({"tokenizer": "json-abc-0", "end": 0}))
-    with pytest.raises(ValueError, match=r"data.tokenizer: .*/x was written .* json-abc-0, .* is bytes; name"):
+    with pytest.raises(ValueError, match=r"data.tokenizer=bytes: is bytes, and .*/x was written by json-abc-0; name"):
         Tokens(paths=(prefix,), sequence_length=8, tokenizer="bytes").find()
     for content in ("{", "[]", "{}", "5"):
         (tmp_path / "x.json").write_text(content)
