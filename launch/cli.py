@@ -199,10 +199,13 @@ def _verify(parsed: argparse.Namespace) -> int:
 def _report(parsed: argparse.Namespace) -> int:
     from farspan.launch.report import pictures, report
 
-    print(report(parsed.folders, parsed.out))
-    if parsed.png is not None:
-        for path in pictures(parsed.folders, Path(parsed.png) if parsed.png else None):
-            print(path)
+    try:
+        print(report(parsed.folders, parsed.out))
+        if parsed.png is not None:
+            for path in pictures(parsed.folders, Path(parsed.png) if parsed.png else None):
+                print(path)
+    except OSError as error:
+        raise ValueError(f"report: cannot be written ({error}); name another --out or --png") from error
     return int(Exit.DONE)
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import signal
 import time
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -87,6 +88,11 @@ def _build(parsed: argparse.Namespace) -> int:
     tokenizer = open_tokenizer(parsed.tokenizer, parsed.end)
     listing = documents.find(text.paths, text.suffixes)
     prefix = parsed.out.removesuffix(".bin").removesuffix(".idx")
+    if not Path(prefix).name or prefix.endswith("/") or Path(prefix).is_dir():
+        raise ValueError(
+            f"--out {parsed.out}: is a folder; name a prefix in it, such as {parsed.out.rstrip('/')}/train"
+        )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is unfinished goes away, as with Ctrl-C
     if (sidecar := Path(f"{prefix}.json")).exists():
         raise ValueError(f"--out {parsed.out}: {sidecar} exists; remove it or name another prefix")
     try:
@@ -104,9 +110,10 @@ def _build(parsed: argparse.Namespace) -> int:
     for line in tape.left_out.lines():
         print(line)
     tokens = tape.offsets[-1]
+    end = f"end: {json.dumps(parsed.end)}, " if parsed.end else ""
     print(
         f"{len(tape.hashes):,} documents, {tokens:,} tokens, {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s\n"
-        f"data: {{kind: tokens, paths: [{prefix}], tokenizer: {parsed.tokenizer}, sequence_length: …}}"
+        f"data: {{kind: tokens, paths: [{prefix}], tokenizer: {parsed.tokenizer}, {end}sequence_length: …}}"
     )
     return int(Exit.DONE)
 

@@ -85,7 +85,9 @@ def _found(path: str) -> list[Key]:
     """The keys that a path names: several where kinds differ in what they mean by it."""
     here = [Key(path="", hint=File)]
     for part in re.sub(r"\[(\d+)\]", r".\1", path).strip(".").split("."):
-        if not part.isdigit():
+        if part == "kind" and any(is_choice(hint) for key in here for hint in _layers(key.hint)):
+            continue  # the key that every choice has: what it may be stands there
+        if not part.isdigit() or here[0].hint is File:
             here = _into(here, part, path)
     return here
 

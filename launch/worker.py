@@ -88,6 +88,7 @@ def _train(folder: Path, ears: Ears, step: list[int | None]) -> tuple[Exit, str]
     from farspan.launch import runner
     from farspan.parallel.mesh import Mesh
     from farspan.platform import config
+    from farspan.platform.data.loader import DataError
     from farspan.platform.trainer import Surroundings, Trainer, prepare
 
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -122,7 +123,10 @@ def _train(folder: Path, ears: Ears, step: list[int | None]) -> tuple[Exit, str]
     with _refusing():
         trainer = Trainer(run.job, Mesh(run.job.parallel.sizes(world), device, control), around)
     beat(trainer.state.step)
-    outcome = trainer.run()
+    try:
+        outcome = trainer.run()
+    except DataError as error:
+        raise ConfigError([f"step {trainer.state.step + 1} or after: {error}"]) from error
     step[0] = outcome.step
     codes = {"done": Exit.DONE, "preempted": Exit.PREEMPTED, "not_finite": Exit.NOT_FINITE, "unsaved": Exit.RETRY}
     if codes[outcome.kind].clean:

@@ -54,8 +54,9 @@ class Decoder:
             for name, part in (("mixer", block.mixer), ("ffn", block.ffn))
             for problem in (part.tensor_problems(tp) if part else [])
         ]
-        if self.vocabulary is not None and self.vocabulary % tp:
-            found.append(f"vocabulary={self.vocabulary}: must be a multiple of parallel.tp={tp}; null rounds up")
+        if (self.vocabulary or 64) % tp:
+            given = f"vocabulary={self.vocabulary}" if self.vocabulary else "vocabulary=null, rounded up to 64"
+            found.append(f"{given}: must be a multiple of parallel.tp={tp}; give one that holds the tokenizer's")
         return found
 
     @property

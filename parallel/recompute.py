@@ -7,10 +7,10 @@ layer is traced once, and the products are kept in the order of operations spare
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
@@ -52,10 +52,15 @@ def apply(layer: nn.Module, keep: float | None, parts: int = 1) -> None:
     if keep > 0:
         x, *others = layer.example(1, TOKENS * parts)  # type: ignore[operator]
         kept = choose(trace(layer, x[:, :TOKENS].detach().clone().requires_grad_(), *others), keep)
-    contexts = partial(_contexts, kept)
     layer.forward = partial(
-        checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
+        checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False, context_fn=_keeping(kept)
     )
+
+
+@cache
+def _keeping(kept: frozenset[Call]) -> Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]:
+    """The contexts of a forward and its recomputation: one object for all layers alike, so that they compile once."""
+    return partial(_contexts, kept)
 
 
 def _always() -> set[OpOverload]:

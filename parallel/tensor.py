@@ -1,8 +1,8 @@
 """Tensor parallelism with cut sequences: layers split over heads and channels, norms and residuals over tokens."""
 
-from collections.abc import Callable, Iterator
-from functools import partial
-from typing import Protocol
+from collections.abc import Iterator
+from functools import cache
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -103,9 +103,16 @@ def spread(model: nn.Module, group: Group) -> None:
     """Lays a cut model's work over `group`: its parts take all tokens in, and give their share of the sum out."""
     for path, module, _ in declared(model):
         if path:
-            module.forward = partial(_exchanging, module.forward, group)
+            module.__class__ = _exchanging(type(module))  # type: ignore[arg-type]
+            module.group = group  # type: ignore[assignment]
     model.vocabulary = Spread(group)  # type: ignore[assignment]
 
 
-def _exchanging(forward: Callable[..., Tensor], group: Group, x: Tensor, *rest: object) -> Tensor:
-    return scatter(forward(gather(x, group), *rest), group)
+@cache
+def _exchanging(kind: type[nn.Module]) -> type[nn.Module]:
+    """`kind` with exchanges around its forward: one class for all modules of a kind, so that they compile once."""
+
+    def forward(self: Any, x: Tensor, *rest: object) -> Tensor:
+        return scatter(kind.forward(self, gather(x, self.group), *rest), self.group)
+
+    return type(f"Spread{kind.__name__}", (kind,), {"forward": forward})

@@ -1,5 +1,6 @@
 """Held-out loss and sampled text: what the model knows, and what it says."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -18,7 +19,7 @@ def held_out_loss(
 ) -> float:
     """Mean loss in nats over the labels of the first `limit` held-out rows; every rank reads its share.
 
-    Rows are filled up with `end`. `beat` is called for every batch: a sign of life.
+    NaN: these rows have no label. Rows are filled up with `end`. `beat` is called for every batch: a sign of life.
     """
     mesh = engine.mesh
     dp, rank = mesh.sizes.dp, mesh.index("dp")
@@ -34,7 +35,7 @@ def held_out_loss(
         total += torch.tensor([engine.evaluate(batch).item(), batch.valid], dtype=torch.float64)
     dist.all_reduce(total, group=mesh.control)
     summed, labels = (total / (mesh.sizes.world // dp)).tolist()
-    return summed / labels
+    return summed / labels if labels else math.nan
 
 
 def sample(

@@ -142,6 +142,10 @@ class Job:
             found.append(
                 f"schedule.warmup={warmup}: must be less than train.steps={self.train.steps}; try 0 for a short trial"
             )
+        if (trace := self.metrics.trace) is not None and trace.first > self.train.steps:
+            found.append(
+                f"metrics.trace.first={trace.first}: is beyond train.steps={self.train.steps}; lower it, or trace: null"
+            )
         if self.train.evaluate and self.data.held_out == 0:
             place = "data.sources.0.data.held_out" if isinstance(self.data, Mixture) else "data.held_out"
             found.append(f"{place}=0: train.evaluate needs held-out documents; try 0.01, or evaluate: null")

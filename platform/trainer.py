@@ -18,6 +18,7 @@ from farspan.parallel.engine import Engine
 from farspan.parallel.mesh import Mesh
 from farspan.platform import checkpoint, evaluate
 from farspan.platform.checkpoint import Saver
+from farspan.platform.data.corpus import Language
 from farspan.platform.data.loader import Loader
 from farspan.platform.feed import Feed, Work
 from farspan.platform.job import Job
@@ -70,9 +71,11 @@ class Trainer:
             self.say(note)
         if job.train.evaluate is not None and not len(self.corpus.held_out):
             raise ValueError(
-                f"data.held_out={job.data.held_out}: no document is held out (a single one never is), and "
+                f"data: held_out={job.data.held_out}: no document is held out (a single one never is), and "
                 "train.evaluate needs some; add documents, or set train.evaluate=null"
             )
+        if job.train.sample is not None:
+            _check_prompt(job.train.sample.prompt, self.corpus.tokenizer)
         self.engine, flops = self._engine()
         self.optimizer = job.optim.build(self.engine.weights)
         self.saver = Saver(around.folder / "checkpoints", job.checkpoint.keep, mesh.control, self.say)
@@ -361,6 +364,16 @@ def _sinks(metrics: Metrics, folder: Path, config: Mapping[str, Any]) -> dict[st
     if metrics.tensorboard:
         wanted["metrics.tensorboard"] = tensorboard
     return wanted
+
+
+def _check_prompt(prompt: str, tokenizer: Language) -> None:
+    """ValueError: what the sample at the end begins with is nothing to this tokenizer."""
+    try:
+        held = len(tokenizer.encode(prompt))
+    except ValueError as error:
+        raise ValueError(f"train.sample.prompt={prompt!r}: {error}") from error
+    if not held:
+        raise ValueError(f"train.sample.prompt={prompt!r}: is no token to the tokenizer {tokenizer.name}; name others")
 
 
 def prepare(job: Job) -> None:

@@ -40,7 +40,7 @@ class Batch:
     """int32, bounds of the documents over the B·T tokens laid end to end: begins with 0, ends with B·T, and the last
     bound repeats up to a power of two so that few shapes occur. None: every row is one document."""
     lengths: tuple[int, ...]
-    """Lengths of the documents on the host, padding included as documents of their own: they sum to B·T."""
+    """Lengths of the documents on the host; padding is none of them: they sum to B·T less `padding`."""
     valid: int
     """How many labels are not `IGNORE`."""
     padding: int = 0

@@ -95,10 +95,20 @@ def create(prefix: str, dtype: np.dtype[Any]) -> Iterator[tuple[BinaryIO, "array
             _write_index(index, np.frombuffer(lengths, np.int64) if lengths else np.empty(0, np.int64), dtype, code)
             _settle(index)
         for path, name in zip(partial, files(prefix), strict=True):
-            path.replace(name)
+            _publish(path, name)
     finally:
         for path in partial:
             path.unlink(missing_ok=True)
+
+
+def _publish(path: Path, name: Path) -> None:
+    """Gives a finished file its name. ValueError: another build took the name meanwhile; nothing is replaced."""
+    try:
+        name.hardlink_to(path)
+    except FileExistsError as error:
+        raise ValueError(f"{name} exists; remove it or name another prefix") from error
+    except OSError:  # a file system without links
+        path.replace(name)
 
 
 def _settle(file: BinaryIO) -> None:

@@ -30,6 +30,10 @@ def shares(consumed: int, batch: int, micro_batch: int, dp_rank: int, dp: int) -
     return [range(start, min(start + micro_batch, first + mine)) for start in range(first, first + mine, micro_batch)]
 
 
+class DataError(ValueError):
+    """Rows that cannot be read however often one tries: what they hold is wrong."""
+
+
 @final
 class Loader(Iterator[list[Batch]]):
     """Endless steps of one dp rank, each the list of its micro-batches, read ahead by `workers` threads.
@@ -84,6 +88,8 @@ class Loader(Iterator[list[Batch]]):
             raise RuntimeError("the loader is closed; start another at the rows consumed so far") from None
         if isinstance(step, Exception):
             self.close()
+            if isinstance(step, ValueError):
+                raise DataError(str(step)) from step
             raise step
         return step
 

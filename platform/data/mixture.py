@@ -134,6 +134,10 @@ class Mixture:
                 source.data.find()
             except ValueError as error:
                 raise ValueError(f"data.sources.{i}: {error}") from error
+        ends = [getattr(source.data, "end", None) for source in self.sources]
+        if len(set(ends)) > 1:
+            i = next(i for i, end in enumerate(ends) if end != ends[0])
+            raise ValueError(f"data.sources.{i}.data.end={ends[i]!r}: must be that of data.sources.0, {ends[0]!r}")
 
     def build(self, seed: int) -> Corpus:
         """Every source, each under a seed of its own. ValueError: what a source refuses, or sources that do not fit."""

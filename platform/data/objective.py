@@ -132,13 +132,17 @@ class SpanCorruption:
         _check_range("span_length", self.span_length, 1.0, float("inf"))
         if self.max_spans < 1:
             raise ValueError(f"max_spans={self.max_spans}: must be at least 1; try 100")
-        if self.mask.format(1) == self.mask:
-            raise ValueError(f"mask={self.mask!r}: must hold {{}} for the number; try '<mask_{{}}>'")
+        if self.mask.count("{}") != 1:
+            raise ValueError(f"mask={self.mask!r}: must hold {{}} for the number, once; try '<mask_{{}}>'")
         _check_names(self.sentinels)
 
     @property
     def sentinels(self) -> tuple[str, ...]:
-        return (*(self.mask.format(i) for i in range(1, self.max_spans + 1)), self.separator, self.end_of_mask)
+        return (
+            *(self.mask.replace("{}", str(i)) for i in range(1, self.max_spans + 1)),
+            self.separator,
+            self.end_of_mask,
+        )
 
     @property
     def both_ways(self) -> bool:
@@ -171,7 +175,7 @@ class SpanCorruption:
         before = 0
         end_of_mask = np.array([sentinels.ids[self.end_of_mask]])
         for number, (begin, stop) in enumerate(cuts.tolist(), 1):
-            mask = np.array([sentinels.ids[self.mask.format(number)]])
+            mask = np.array([sentinels.ids[self.mask.replace("{}", str(number))]])
             kept += [body[before:begin], mask]
             tail += [mask, np.append(body[begin:stop], end_of_mask)]
             before = stop

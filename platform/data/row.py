@@ -71,7 +71,7 @@ def collate(rows: Sequence[Row], end: int) -> Batch:
         labels=torch.from_numpy(labels),
         positions=torch.from_numpy(_counted(lengths).reshape(labels.shape)),
         cu_seqlens=None if len(lengths) == len(rows) else torch.from_numpy(_bounds(lengths)),
-        lengths=tuple(lengths),
+        lengths=tuple(size for row in rows for size in (row.lengths[:-1] if row.padding else row.lengths)),
         valid=int(np.count_nonzero(labels != IGNORE)),
         padding=sum(row.padding for row in rows),
         prefix=prefix,

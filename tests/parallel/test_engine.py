@@ -177,6 +177,32 @@ def test_compilation_changes_nothing(
     same(ranks(2, probe, cuts=[cut], micro=3, kept=kept, compiled=True)[0][0], one_rank, 1e-6)
 
 
+def compilations(kept: float | None, tp: int) -> int:
+    """How many graphs ten equal layers are compiled into."""
+    graphs = []
+
+    def counting(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compile = torch.compile
+    torch.compile = lambda function: compile(function, backend=counting)  # type: ignore[assignment]
+    parallel = Parallel(tp=tp)
+    mesh = Mesh(parallel.sizes(dist.get_world_size()), torch.device("cpu"), dist.new_group(backend="gloo"))
+    block = Block(repeat=10, mixer=Softmax(heads=2), ffn=Swiglu(hidden=36))
+    with torch.device("meta"):
+        built = Decoder(width=16, vocabulary=VOCABULARY, blocks=(block,)).build(VOCABULARY, Local())
+    engine = Engine(built, list(built.layers), initial(built), mesh, seed=3, kept=kept, compiled=True)
+    engine.forward_backward(batches(0, 1, 8), 1.0)
+    return len(graphs)
+
+
+@pytest.mark.parametrize(("world", "kept"), [(1, None), (1, 0.5), (2, None), (2, 0.0)])
+def test_equal_layers_are_compiled_once(ranks: Any, world: int, kept: float | None) -> None:
+    """torch gives up on a function after 8 compilations, and runs deeper layers as they are."""
+    assert ranks(world, compilations, kept=kept, tp=world)[0] == 1
+
+
 def test_a_step_of_scale_zero_changes_nothing() -> None:
     weight = torch.nn.Parameter(torch.randn(5, 3))
     optimizer = Adamw(rate=0.1).build({"w": weight})

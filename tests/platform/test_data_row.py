@@ -37,10 +37,10 @@ def test_a_batch_is_its_rows_and_padding(case: int) -> None:
     batch = collate(rows, END)
     length = sizes[0] if len(set(sizes)) == 1 else -(-max(sizes) // 64) * 64
     assert batch.tokens.shape == (len(rows), length)
-    assert sum(batch.lengths) == batch.tokens.numel()
+    assert sum(batch.lengths) + batch.padding == batch.tokens.numel()
     assert batch.padding == sum(row.padding + length - size for row, size in zip(rows, sizes, strict=True))
     assert batch.valid == (batch.labels != IGNORE).sum() == sum((row.labels != IGNORE).sum() for row in rows)
-    prefix, prefix_bounds, bounds = [], [0], [0]
+    prefix, prefix_bounds, bounds, lengths = [], [0], [0], []
     for number, row in enumerate(rows):
         size = len(row.tokens)
         assert np.array_equal(batch.tokens[number, :size], row.tokens)
@@ -54,6 +54,7 @@ def test_a_batch_is_its_rows_and_padding(case: int) -> None:
                 prefix += range(number * length + begin, number * length + begin + row.prefixes[which])
                 prefix_bounds.append(len(prefix))
             begin += document
+            lengths.append(document)
             bounds.append(number * length + begin)
         if begin < length:  # one document of padding at the end, old and new together
             assert batch.positions[number, begin:].tolist() == list(range(length - begin))
@@ -61,8 +62,8 @@ def test_a_batch_is_its_rows_and_padding(case: int) -> None:
             if row.padding and row.prefixes is not None and size == length and row.prefixes[-1]:
                 prefix += range(number * length + begin, number * length + begin + row.prefixes[-1])
                 prefix_bounds.append(len(prefix))
-    assert batch.lengths == tuple(np.diff(bounds).tolist())
-    if len(batch.lengths) > len(rows):
+    assert batch.lengths == tuple(lengths)
+    if len(bounds) - 1 > len(rows):
         assert batch.cu_seqlens is not None and np.unique(batch.cu_seqlens).tolist() == bounds
     else:
         assert batch.cu_seqlens is None
