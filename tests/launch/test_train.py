@@ -11,10 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from farspan.launch import cli
 from farspan.platform import metrics
+from farspan.platform.data import index
 from processes import alive
 
 CONFIG = """
@@ -269,6 +271,16 @@ def test_bad_data_is_named_and_mended(config: Path) -> None:
     said = finished(launch(config, "data.bad_files=stop", "data.paths=[corpus, bad]"), code=2)
     assert "bad/latin.txt" in said and "Traceback" not in said
     finished(launch(config, "train.steps=3"))  # the name is not burnt: nothing had been trained
+
+
+def test_data_that_no_retry_can_read_ends_the_run_at_once(config: Path) -> None:
+    """One token of two million is outside the vocabulary: the look at the start misses it, the row does not."""
+    documents = np.full((500, 4001), 7, np.uint16)
+    documents[17, 2500] = 999
+    index.write(str(config.parent / "flat"), iter(documents), np.dtype(np.uint16))
+    data = "data={kind: tokens, paths: [flat], tokenizer: bytes, sequence_length: 48}"
+    said = finished(launch(config, data, "train.batch=256", "train.micro_batch=128", "train.steps=300"), code=2)
+    assert "flat.bin: token 999 at place 70517 is outside the tokenizer's 257" in said and "attempt 2" not in said
 
 
 def test_a_run_belongs_to_one_process(config: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:

@@ -227,6 +227,7 @@ def test_a_text_grows_its_vocabulary_and_holds_out_plain_rows(tmp_path: Path) ->
     [
         ({"kind": "prefix", "share": [0.5]}, r"objective.share=\[0.5\]: must be \[smallest, largest\]"),
         ({"kind": "span_corruption", "mask": "<m>"}, "objective.mask='<m>': must hold {}"),
+        ({"kind": "span_corruption", "mask": "{x}"}, "objective.mask='{x}': must hold {}"),
         ({"kind": "fill_in_the_middle", "rate": 2}, "objective.rate=2.0: must be a share"),
         ({"kind": "fill_in_the_middle", "middle": "<fim_prefix>"}, "names must differ"),
         ({"kind": "mixed", "objectives": []}, r"objective.objectives=\[\]"),
