@@ -1,6 +1,7 @@
 """A model spread over a mesh, and the few verbs that a training step is made of."""
 
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Protocol
 
 import torch
@@ -164,7 +165,7 @@ class Parts:
         pieces, shape = self._pieces[name], self._shapes[name]
         mesh = self._mesh.pieces(pieces.copies)
         placements = (Replicate(), Replicate(), Shard(pieces.dim), Replicate(), Shard(0))  # one for each axis of pieces
-        strides = torch.empty(shape, device="meta").stride()
+        strides = tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
         return DTensor.from_local(
             local(tensor).detach(), mesh, placements, run_check=False, shape=torch.Size(shape), stride=strides
         )

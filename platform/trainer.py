@@ -99,8 +99,13 @@ class Trainer:
             dp=mesh.sizes.dp,
             pin=mesh.device.type == "cuda",
         )
-        wishes = lambda: (around.stopping(), self.saver.failed)  # noqa: E731
-        self.feed = Feed(self.loader, mesh.control, flops, wishes, readers=mesh.sizes.world // mesh.sizes.dp)
+        self.feed = Feed(
+            self.loader,
+            mesh.control,
+            flops,
+            lambda: (around.stopping(), self.saver.failed),
+            readers=mesh.sizes.world // mesh.sizes.dp,
+        )
         self.journal, self.sinks = self._journal()
         self.tracer = Tracer(job.metrics.trace, around.folder, mesh.rank, mesh.device, self.say)
 

@@ -11,7 +11,7 @@ from farspan.kernels.random import key
 from farspan.parallel.context.shard import IGNORE
 from farspan.platform.data.draws import permutation
 from farspan.platform.data.pack import Packed
-from farspan.platform.data.row import MULTIPLE, Row, Tokens
+from farspan.platform.data.row import MULTIPLE, Row, Tokens, placed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,10 +83,7 @@ class DocumentRows:
 
     def row(self, number: int) -> Row:
         """The row of this number. ValueError: there are no rows."""
-        if not len(self):
-            raise ValueError(f"row {number} of 0: nothing to read; ask for rows of a side with documents")
-        epoch, place = divmod(number, len(self))
-        piece = place if self._order is None else int(self._order(epoch)[place])
+        piece = placed(number, len(self), self._order)
         rest = int(self._rest[piece])
         filled = min(rest, self.sequence_length)
         read = self._tokens[int(self._starts[piece]) + np.arange(min(rest, filled + 1))]

@@ -47,14 +47,16 @@ class Draws:
 
 
 def permutation(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """A permutation of range(count), the same on every machine and version: indices sorted by splitmix64 keys.
-
-    Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014.
-    """
+    """A permutation of range(count), the same on every machine and version: indices sorted by their hashes."""
     label = hashlib.blake2b(f"{seed} {epoch}".encode(), digest_size=8).digest()
-    keys = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    keys += np.frombuffer(label, dtype="<u8")
+    keys = hashed(np.arange(count), int.from_bytes(label, "little"))
+    return np.argsort(keys, kind="stable")
+
+
+def hashed(numbers: NDArray[np.int64], seed: int) -> NDArray[np.uint64]:
+    """64 random bits for each number under `seed`: splitmix64 (Steele, Lea, Flood, "Fast splittable pseudorandom
+    number generators", 2014)."""
+    keys = (numbers.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed)
     keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    keys ^= keys >> np.uint64(31)
-    return np.argsort(keys, kind="stable")
+    return keys ^ (keys >> np.uint64(31))

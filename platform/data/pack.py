@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from farspan.parallel.context.shard import IGNORE
 from farspan.platform.data.draws import permutation
-from farspan.platform.data.row import Row, Tokens
+from farspan.platform.data.row import Row, Tokens, placed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,15 +61,17 @@ class PackedRows:
         """Rows of one epoch."""
         return -(-int(self._bounds[-1]) // self.sequence_length)
 
+    def place(self, number: int) -> int:
+        """Where in the stream the row of this number lies, in rows."""
+        return placed(number, len(self), self._order)
+
     def documents(self) -> NDArray[np.int64]:
         """Tokens of every document."""
         return np.diff(self._bounds)
 
     def row(self, number: int) -> Row:
         """The row of this number, always S tokens. ValueError: there are no rows."""
-        if not len(self):
-            raise ValueError(f"row {number} of 0: nothing to read; ask for rows of a side with documents")
-        begin = self._place(number) * self.sequence_length
+        begin = self.place(number) * self.sequence_length
         stop = min(begin + self.sequence_length, int(self._bounds[-1]))
         first = int(np.searchsorted(self._bounds, begin, side="right")) - 1
         last = int(np.searchsorted(self._bounds, stop, side="left"))
@@ -91,7 +93,3 @@ class PackedRows:
             lengths=(*lengths.tolist(), padding) if padding else tuple(lengths.tolist()),
             padding=padding,
         )
-
-    def _place(self, number: int) -> int:
-        epoch, place = divmod(number, len(self))
-        return place if self._order is None else int(self._order(epoch)[place])

@@ -1,6 +1,6 @@
 """A row is a function of its number: what every kind of data gives, and how rows become a batch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -51,6 +51,17 @@ class Tokens(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: NDArray[np.int64], /) -> NDArray[Any]: ...
+
+
+def placed(number: int, count: int, order: Callable[[int], NDArray[np.int64]] | None) -> int:
+    """Which of an epoch's `count` rows number `number` is: `order` permutes each epoch; None: as they stand.
+
+    ValueError: there are no rows.
+    """
+    if not count:
+        raise ValueError(f"row {number} of 0: nothing to read; ask for rows of a side with documents")
+    epoch, place = divmod(number, count)
+    return place if order is None else int(order(epoch)[place])
 
 
 def collate(rows: Sequence[Row], end: int) -> Batch:

@@ -23,8 +23,31 @@ from farspan.platform.data.store import FORMAT, HASH, Stored, Tape, build_once, 
 from farspan.platform.data.tokenizer import Tokenizer, open_tokenizer, token_type
 
 
+class Tokenized:
+    """What every kind of documents has by its tokenizer and its objective."""
+
+    tokenizer: str
+    end: str | None
+    objective: Objective
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens of the tokenizer and the objective. ValueError: there is no such tokenizer."""
+        return Sentinels.of(open_tokenizer(self.tokenizer, self.end), self.sentinels).vocabulary
+
+    @property
+    def sentinels(self) -> tuple[str, ...]:
+        """Names of the tokens that the objective marks with."""
+        return self.objective.sentinels
+
+    @property
+    def both_ways(self) -> bool:
+        """Whether tokens of a prefix see each other both ways."""
+        return self.objective.both_ways
+
+
 @dataclass(frozen=True, kw_only=True)
-class Text:
+class Text(Tokenized):
     """Documents in files of text, .jsonl or .parquet; equal documents are kept once."""
 
     paths: tuple[str, ...]
@@ -67,21 +90,6 @@ class Text:
         if self.separator == "":
             raise ValueError(r"separator='': nothing to look for; try '<|endoftext|>' or '\n\n\n', or null")
         check_rows(self.sequence_length, self.held_out)
-
-    @property
-    def vocabulary(self) -> int:
-        """Tokens of the tokenizer and the objective. ValueError: there is no such tokenizer."""
-        return Sentinels.of(open_tokenizer(self.tokenizer, self.end), self.sentinels).vocabulary
-
-    @property
-    def sentinels(self) -> tuple[str, ...]:
-        """Names of the tokens that the objective marks with."""
-        return self.objective.sentinels
-
-    @property
-    def both_ways(self) -> bool:
-        """Whether tokens of a prefix see each other both ways."""
-        return self.objective.both_ways
 
     def find(self) -> None:
         """Looks for every path and the tokenizer without reading a document. ValueError: one that leads nowhere."""

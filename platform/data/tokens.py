@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 import farspan.platform.data.index as index
 from farspan.platform.data.buckets import Packing
 from farspan.platform.data.corpus import Corpus
+from farspan.platform.data.draws import hashed
 from farspan.platform.data.index import Indexed
 from farspan.platform.data.objective import Causal, Objective, Sentinels, pursue
 from farspan.platform.data.pack import Packed
 from farspan.platform.data.row import Rows
-from farspan.platform.data.text import check_rows, held_out_count
+from farspan.platform.data.text import Tokenized, check_rows, held_out_count
 from farspan.platform.data.tokenizer import Tokenizer, open_tokenizer
 
 BLOCKS = 256
@@ -27,7 +28,7 @@ BLOCK = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tokens:
+class Tokens(Tokenized):
     """Megatron's indexed datasets, one after the other. Nothing is copied, and nothing is dropped as a duplicate."""
 
     paths: tuple[str, ...]
@@ -50,21 +51,6 @@ class Tokens:
         if not self.paths or not all(self.paths):
             raise ValueError(f"paths={self.paths!r}: no data, or an empty path; name prefixes of .bin and .idx files")
         check_rows(self.sequence_length, self.held_out)
-
-    @property
-    def vocabulary(self) -> int:
-        """Tokens of the tokenizer and the objective. ValueError: there is no such tokenizer."""
-        return Sentinels.of(open_tokenizer(self.tokenizer, self.end), self.sentinels).vocabulary
-
-    @property
-    def sentinels(self) -> tuple[str, ...]:
-        """Names of the tokens that the objective marks with."""
-        return self.objective.sentinels
-
-    @property
-    def both_ways(self) -> bool:
-        """Whether tokens of a prefix see each other both ways."""
-        return self.objective.both_ways
 
     def find(self) -> None:
         """Looks for every file and the tokenizer. ValueError: one that is missing, or not what its sidecar says."""
@@ -225,17 +211,9 @@ def _documents(
         held = np.flatnonzero(length)
         starts.append(begin[held] + base)
         lengths.append(length[held])
-        draws.append(_mixed(held, int.from_bytes(digest[:8], "little")))
+        draws.append(hashed(held, int.from_bytes(digest[:8], "little")))
         base += len(one.tokens)
     return np.concatenate(starts), np.concatenate(lengths), np.concatenate(draws)
-
-
-def _mixed(numbers: NDArray[np.intp], seed: int) -> NDArray[np.uint64]:
-    """A hash of each number under `seed`: the finalizer of splitmix64 (Steele, Lea, Flood 2014)."""
-    keys = (numbers.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed)
-    keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return keys ^ (keys >> np.uint64(31))
 
 
 def _ends(maps: Maps, last: NDArray[np.int64], end: int) -> str:

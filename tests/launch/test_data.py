@@ -17,8 +17,8 @@ from farspan.launch.exit import Exit
 from farspan.platform import config
 from farspan.platform.config import Source
 from farspan.platform.data import Data, Text, Tokens, index
-from farspan.platform.data.pack import PackedRows
 from farspan.platform.data.tokenizer import open_tokenizer
+from streams import stream
 
 
 @pytest.fixture
@@ -46,10 +46,7 @@ def documents(corpus: Any) -> Counter[tuple[int, ...]]:
     """Every document of both sides, as tokens."""
     found: Counter[tuple[int, ...]] = Counter()
     for rows in (corpus.train, corpus.held_out):
-        assert isinstance(rows, PackedRows)
-        order = np.argsort([rows._place(n) for n in range(len(rows))])
-        tokens = np.concatenate([rows.row(int(n)).tokens for n in order])
-        found.update(tuple(piece.tolist()) for piece in np.split(tokens, np.cumsum(rows.documents()))[:-1])
+        found.update(map(tuple, stream(rows)))
     return found
 
 

@@ -158,6 +158,7 @@ def test_mistakes_are_named(folder: Path) -> None:
         ([(0.0, a)], {}, "every weight is 0"),
         ([(1.0, a), (1.0, {**b, "sequence_length": 64})], {}, r"sources.1.data.sequence_length=64: .* is 32"),
         ([(1.0, a), (1.0, {**b, "tokenizer": "x"})], {}, r"sources.1.data.tokenizer='x': .* is 'bytes'"),
+        ([(1.0, a), (1.0, {**b, "end": "<e>"})], {}, r"sources.1.data.end='<e>': .* is None"),
         ([(1.0, a), (1.0, b)], {"schedule": [{"at": 0, "weights": [1, 1]}]}, r"schedule.0.at=0"),
         ([(1.0, a), (1.0, b)], {"schedule": [{"at": 9, "weights": [1]}]}, r"schedule.0.weights=\[1.0\]: there are 2"),
         ([(1.0, a), (1.0, b)], {"schedule": [{"at": 9, "weights": [0, 0]}]}, "at least one positive"),

@@ -178,9 +178,9 @@ def test_rows_keep_their_shape_and_depend_on_their_number_alone(objective: Objec
         follow = np.append(row.tokens[1:], 0)
         assert (row.labels[inside] == np.where(row.labels[inside] == IGNORE, IGNORE, follow[inside])).all()
     assert any(not np.array_equal(rows.row(n).labels, other.row(n).labels) for n in numbers)
-    by_row = {plain._place(n) for n in range(len(plain))}
-    first = {plain._place(n): rows.row(n) for n in range(len(plain))}
-    second = {plain._place(n): rows.row(n) for n in range(len(plain), 2 * len(plain))}
+    by_row = {plain.place(n) for n in range(len(plain))}
+    first = {plain.place(n): rows.row(n) for n in range(len(plain))}
+    second = {plain.place(n): rows.row(n) for n in range(len(plain), 2 * len(plain))}
     assert any(not np.array_equal(first[p].labels, second[p].labels) for p in by_row), "epochs differ"
 
 

@@ -12,16 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from farspan.parallel.context.shard import Batch
 from farspan.platform.data import Data, Text, documents, store
 from farspan.platform.data.corpus import Corpus
-from farspan.platform.data.pack import PackedRows
 from farspan.platform.data.row import Rows, collate
 from farspan.platform.data.tokenizer import Bytes, open_tokenizer, train_bpe
+from streams import stream
 
 END = 256
 
@@ -48,16 +47,6 @@ def build(root: Path, cache: Path, **fields: Any) -> Corpus:
 
 def epoch_rows(rows: Rows) -> Batch:
     return collate([rows.row(number) for number in range(len(rows))], END)
-
-
-def stream(rows: Rows) -> list[list[int]]:
-    """The tokens of every document, in order."""
-    if not len(rows):
-        return []
-    assert isinstance(rows, PackedRows)
-    order = np.argsort([rows._place(n) for n in range(len(rows))])
-    tokens = np.concatenate([rows.row(int(n)).tokens for n in order])
-    return [piece.tolist() for piece in np.split(tokens, np.cumsum(rows.documents()))[:-1]]
 
 
 def texts(rows: Rows) -> set[str]:

@@ -11,9 +11,8 @@ import pytest
 from farspan.parallel.context.shard import IGNORE
 from farspan.platform.data import Tokens, index
 from farspan.platform.data.corpus import Corpus
-from farspan.platform.data.pack import PackedRows
-from farspan.platform.data.row import Rows
 from farspan.platform.data.tokens import Maps
+from streams import stream
 
 END = 256
 
@@ -26,16 +25,6 @@ def put(prefix: Path, documents: list[list[int]], dtype: str = "<u2") -> str:
 def build(*paths: str, seed: int = 0, **fields: Any) -> Corpus:
     given: dict[str, Any] = {"paths": paths, "sequence_length": 8, "tokenizer": "bytes", "held_out": 0.0}
     return Tokens(**(given | fields)).build(seed)
-
-
-def stream(rows: Rows) -> list[list[int]]:
-    """The tokens of every document, in order."""
-    if not len(rows):
-        return []
-    assert isinstance(rows, PackedRows)
-    order = np.argsort([rows._place(n) for n in range(len(rows))])
-    tokens = np.concatenate([rows.row(int(n)).tokens for n in order])
-    return [piece.tolist() for piece in np.split(tokens, np.cumsum(rows.documents()))[:-1]]
 
 
 def some(seed: int, count: int, close: bool = True) -> list[list[int]]:
@@ -73,7 +62,7 @@ def test_labels_stop_where_documents_end(tmp_path: Path, close: bool) -> None:
     documents = some(4, 40, close)
     documents[7] = [5, END, 6, *[END] * close]  # an end token inside is like any other
     built = build(put(tmp_path / "x", documents), sequence_length=11)
-    rows = [built.train.row(n) for n in np.argsort([built.train._place(n) for n in range(len(built.train))])]  # type: ignore[attr-defined]
+    rows = [built.train.row(n) for n in np.argsort([built.train.place(n) for n in range(len(built.train))])]  # type: ignore[attr-defined]
     labels = np.concatenate([row.labels for row in rows]).tolist()
     wanted = [label for document in documents for label in [*document[1:], IGNORE]]
     assert labels[: len(wanted)] == wanted and set(labels[len(wanted) :]) <= {IGNORE}
