@@ -3,7 +3,13 @@
 from typing import Annotated
 
 from farspan.parallel.context.auto import Auto
+from farspan.parallel.context.gather import Gather
+from farspan.parallel.context.grid import Grid
+from farspan.parallel.context.pinned import Axis
+from farspan.parallel.context.ring import Ring
+from farspan.parallel.context.token_ring import TokenRing
+from farspan.parallel.context.ulysses import Ulysses
 
-Context = Annotated[Auto, "choice"]
+Context = Annotated[Auto | Gather | Grid | Ring | TokenRing | Ulysses, "choice"]
 
-__all__ = ["Auto", "Context"]
+__all__ = ["Auto", "Axis", "Context", "Gather", "Grid", "Ring", "TokenRing", "Ulysses"]

@@ -21,6 +21,8 @@ class Documents(NamedTuple):
     """int64, ascending: places among the B·T tokens that belong to a document's prefix, seen by all of that prefix."""
     prefix_cu_seqlens: Tensor | None = None
     """int32, bounds of the prefixes over the places of `prefix`, one document's after the other's."""
+    layout: Tensor | None = None
+    """int64 on the host: which rank holds what, as `farspan.parallel.context.layout` writes it; None: all is here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +51,13 @@ class Batch:
     """int64, ascending: places among the B·T tokens whose document shows them both ways; None: none."""
     prefix_cu_seqlens: Tensor | None = None
     """int32, bounds of the prefixes over the places of `prefix`."""
+    layout: tuple[int, ...] | None = None
+    """Which rank holds what of the documents, where the tokens are one rank's part; None: they are all here."""
 
     @property
     def documents(self) -> Documents:
-        return Documents(self.cu_seqlens, self.prefix, self.prefix_cu_seqlens)
+        layout = None if self.layout is None else torch.tensor(self.layout, dtype=torch.int64)
+        return Documents(self.cu_seqlens, self.prefix, self.prefix_cu_seqlens, layout)
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`; copies from pinned memory do not block the host."""

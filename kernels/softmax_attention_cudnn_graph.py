@@ -1,0 +1,177 @@
+"""cudnn-frontend (nvidia-cudnn-frontend, 1.14 or newer) runs ragged attention at cuDNN's speed; torch's own door to it
+rebuilds its graph at every call. Graphs are built once for each shape, executed on torch's current stream."""
+
+from functools import cache
+from threading import get_ident
+from typing import Any, NamedTuple
+
+import cudnn
+import torch
+from torch import Tensor
+
+from farspan.kernels.softmax_attention_cuda import Ragged
+
+_NAMES = ("q", "k", "v", "out", "stats", "dout", "dq", "dk", "dv")
+_UID = {name: uid for uid, name in enumerate((*_NAMES, *(f"{name} starts" for name in _NAMES), "rows", "keys"), 1)}
+"""Numbers by which graphs know their tensors: each operand's, then its ragged offsets', then the lengths'."""
+
+
+class _Operand(NamedTuple):
+    """One ragged tensor: rows of heads of width, with elements a row and a head."""
+
+    name: str
+    heads: int
+    width: int
+    row: int
+    head: int
+
+    @property
+    def along(self) -> str:
+        return "k" if self.name in ("k", "v", "dk", "dv") else "q"
+
+    @property
+    def axis(self) -> str:
+        """Which of a sequence's starts it follows: q, k and v lie where they are, all else is compact."""
+        places = {"q": "row", "k": "key", "v": "key", "dk": "key_place", "dv": "key_place"}
+        return places.get(self.name, "row_place")
+
+
+class _Shape(NamedTuple):
+    """All that a graph depends on."""
+
+    device: torch.device
+    dtype: torch.dtype
+    sequences: int
+    longest: tuple[int, int]
+    totals: tuple[int, int]
+    band: tuple[int | None, int | None]
+    square: bool
+    scale: float
+    inputs: tuple[_Operand, ...]
+    outputs: tuple[_Operand, ...]
+
+
+def ragged_forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, ragged: Ragged) -> None:
+    """Writes out R H V and lse R H (fp32, natural log) at the sequences' compact rows, from q T H K, k and v S Hkv K.
+
+    Errors: what cudnn raises where it has no kernel for the shape.
+    """
+    _run(("q", "k", "v"), (q, k, v), ("out", "stats"), (out, lse), ragged)
+
+
+def ragged_backward(inputs: tuple[Tensor, ...], grads: tuple[Tensor, Tensor, Tensor], ragged: Ragged) -> None:
+    """Writes dq R H K, dk and dv C Hkv K at the compact places; inputs are dout, q, k, v, out, lse, with lse R H."""
+    _run(("dout", "q", "k", "v", "out", "stats"), inputs, ("dq", "dk", "dv"), grads, ragged)
+
+
+def _run(
+    names: tuple[str, ...],
+    inputs: tuple[Tensor, ...],
+    result_names: tuple[str, ...],
+    results: tuple[Tensor, ...],
+    ragged: Ragged,
+) -> None:
+    inputs = tuple(_aligned(x) for x in inputs)
+    operands = tuple(_operand(name, x) for name, x in zip(names, inputs, strict=True))
+    outputs = tuple(_operand(name, x) for name, x in zip(result_names, results, strict=True))
+    q = inputs[names.index("q")]
+    plan = (ragged.sequences, ragged.longest, ragged.totals, (ragged.left, ragged.right), ragged.square, ragged.scale)
+    shape = _Shape(q.device, q.dtype, *plan, operands, outputs)
+    pack = {_UID["rows"]: ragged.lengths("rows"), _UID["keys"]: ragged.lengths("keys")}
+    for operand, x in zip((*operands, *outputs), (*inputs, *results), strict=True):
+        pack[_UID[operand.name]] = x
+        pack[_UID[f"{operand.name} starts"]] = ragged.starts(operand.axis, operand.row)
+    with torch.cuda.device(q.device):
+        handle = _handle(q.device, get_ident())
+        cudnn.set_stream(handle=handle, stream=torch.cuda.current_stream(q.device).cuda_stream)
+        graph, size = _built(shape)
+        # torch's allocator is the cache: it keeps the block, and knows which stream may reuse it.
+        workspace = torch.empty(max(size, 16), dtype=torch.uint8, device=q.device)
+        graph.execute(pack, workspace, handle=handle)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """cuDNN reads 16 bytes at a time and does not check that it may; stats are read one by one."""
+    if x.dtype == torch.float32:
+        return x.contiguous()
+    dense = x.stride(2) == 1 and x.stride(0) % 8 == 0 and x.stride(1) % 8 == 0 and x.data_ptr() % 16 == 0
+    return x if dense else x.clone(memory_format=torch.contiguous_format)
+
+
+def _operand(name: str, x: Tensor) -> _Operand:
+    return _Operand(name, x.shape[1], 1 if x.dim() == 2 else x.shape[2], x.stride(0), x.stride(1))
+
+
+@cache
+def _handle(device: torch.device, thread: int) -> Any:
+    """A handle serves one thread at a time, and autograd has threads of its own. Called with `device` current."""
+    return cudnn.create_handle()
+
+
+@cache
+def _built(shape: _Shape) -> tuple[Any, int]:
+    """The graph and the bytes of its workspace."""
+    kind = {torch.bfloat16: cudnn.data_type.BFLOAT16, torch.float16: cudnn.data_type.HALF}[shape.dtype]
+    graph = cudnn.pygraph(
+        handle=_handle(shape.device, get_ident()),
+        io_data_type=kind,
+        intermediate_data_type=cudnn.data_type.FLOAT,
+        compute_data_type=cudnn.data_type.FLOAT,
+    )
+    inputs = {operand.name: _declared(graph, shape, operand, kind) for operand in shape.inputs}
+    for name, results in zip(shape.outputs, _attention(graph, shape, inputs), strict=True):
+        _describe(graph, shape, name, results, kind)
+    graph.validate()
+    graph.build_operation_graph()
+    graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
+    graph.check_support()
+    graph.build_plans()
+    return graph, graph.get_workspace_size()
+
+
+def _attention(graph: Any, shape: _Shape, inputs: dict[str, Any]) -> tuple[Any, ...]:
+    left, right = shape.band
+    corner = cudnn.diagonal_alignment
+    options = {
+        "attn_scale": shape.scale,
+        "use_padding_mask": True,
+        "seq_len_q": _numbers(graph, "rows", shape.sequences, cudnn.data_type.INT32),
+        "seq_len_kv": _numbers(graph, "keys", shape.sequences, cudnn.data_type.INT32),
+        "diagonal_alignment": corner.TOP_LEFT if shape.square or shape.band == (None, None) else corner.BOTTOM_RIGHT,
+        "diagonal_band_left_bound": None if left is None else left + 1,  # cuDNN's bound counts the token itself
+        "diagonal_band_right_bound": right,
+    }
+    if "dout" not in inputs:
+        return tuple(graph.sdpa(**inputs, generate_stats=True, **options))
+    named = {"o" if name == "out" else "dO" if name == "dout" else name: tensor for name, tensor in inputs.items()}
+    totals = {"max_total_seq_len_q": shape.totals[0], "max_total_seq_len_kv": shape.totals[1]}
+    return tuple(graph.sdpa_backward(**named, **totals, **options))
+
+
+def _numbers(graph: Any, name: str, count: int, kind: Any) -> Any:
+    return graph.tensor(name=name, dim=[count, 1, 1, 1], stride=[1, 1, 1, 1], data_type=kind, uid=_UID[name])
+
+
+def _layout(shape: _Shape, operand: _Operand) -> tuple[list[int], list[int]]:
+    """B H T K and its strides. That of the batch is only nominal: ragged offsets say where sequences begin."""
+    longest = shape.longest[operand.along == "k"]
+    dim = [shape.sequences, operand.heads, longest, operand.width]
+    return dim, [longest * operand.row, operand.head, operand.row, 1]
+
+
+def _declared(graph: Any, shape: _Shape, operand: _Operand, kind: Any) -> Any:
+    dim, stride = _layout(shape, operand)
+    kind = cudnn.data_type.FLOAT if operand.name == "stats" else kind
+    tensor = graph.tensor(name=operand.name, dim=dim, stride=stride, data_type=kind, uid=_UID[operand.name])
+    return tensor.set_ragged_offset(_starts(graph, shape, operand))
+
+
+def _describe(graph: Any, shape: _Shape, operand: _Operand, tensor: Any, kind: Any) -> None:
+    dim, stride = _layout(shape, operand)
+    kind = cudnn.data_type.FLOAT if operand.name == "stats" else kind
+    tensor.set_uid(_UID[operand.name]).set_output(True).set_dim(dim).set_stride(stride).set_data_type(kind)
+    tensor.set_ragged_offset(_starts(graph, shape, operand))
+
+
+def _starts(graph: Any, shape: _Shape, operand: _Operand) -> Any:
+    return _numbers(graph, f"{operand.name} starts", shape.sequences + 1, cudnn.data_type.INT64)

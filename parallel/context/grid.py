@@ -1,0 +1,61 @@
+"""Two dimensions of ranks: heads are swapped for sequence within groups, and a ring or a gather spans the groups.
+
+After USP (Fang and Zhao, 2024). Ranks of a group are consecutive, so that a group that divides the ranks of a node
+never leaves it: what travels far is the outer schedule's, with a group's share of the heads.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from torch import Tensor
+
+from farspan.parallel.context.exchange import Schedule
+from farspan.parallel.context.gather import Gather
+from farspan.parallel.context.pinned import Pinned
+from farspan.parallel.context.ring import Ring
+from farspan.parallel.context.sums import Grads, Me, Saved
+from farspan.parallel.context.token_ring import TokenRing
+from farspan.parallel.context.ulysses import Alone, Swapping
+
+Outer = Annotated[Gather | Ring | TokenRing, "choice"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid(Pinned):
+    """Ulysses within groups of `inner` consecutive ranks, `outer` between the groups."""
+
+    inner: int
+    """Ranks of a group; the heads are dealt out evenly among them."""
+    outer: Outer = Gather()
+    """What spans the groups: gather, ring or token_ring."""
+    groups: int = 1
+    """Parts that a rank's heads travel in."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("inner", self.inner), ("groups", self.groups)):
+            if value < 1:
+                raise ValueError(f"{name}={value}: must be at least 1")
+
+    @property
+    def within(self) -> int:
+        return self.inner
+
+    def problems(self, cp: int, heads: int, kv_heads: int) -> list[str]:
+        if cp % self.inner:
+            return [f"inner={self.inner}: must divide parallel.cp={cp}"]
+        part, key_part = heads // self.inner, kv_heads // self.inner
+        even = heads % self.inner == 0 and (kv_heads % self.inner == 0 or self.inner % kv_heads == 0)
+        if cp > self.inner and not even:
+            return [f"inner={self.inner}: {heads} heads with {kv_heads} for keys cannot be dealt out evenly; try 2"]
+        if cp > self.inner and (key_part or part) % self.groups:
+            return [f"groups={self.groups}: must divide the {key_part or part} heads of each rank; try 1"]
+        return []
+
+    def forward(self, me: Me, q: Tensor, k: Tensor, v: Tensor) -> Schedule[tuple[Tensor, Tensor]]:
+        return self._swapping(me).forward(me, q, k, v)
+
+    def backward(self, me: Me, saved: Saved) -> Schedule[Grads]:
+        return self._swapping(me).backward(me, saved)
+
+    def _swapping(self, me: Me) -> Swapping:
+        return Swapping(self.inner, self.outer if me.ranks > self.inner else Alone(), self.groups)
