@@ -2,8 +2,8 @@
 
 The schedule is TokenRing's (Wang et al., 2024): queries hop down the ring, and outputs with their log-sum-exp return
 the other way. Ours has a backward as well: queries travel with dout, lse and delta, and dQ returns. A query goes no
-further than some rank sees it: in causal zigzag the second half of its way needs the second half of its rows. The owner keeps
-half of its own block for last, so that the last return is hidden behind it.
+further than some rank sees it: in causal zigzag the second half of its way needs the second half of its rows. The
+owner keeps half of its own block for last, so that the last return is hidden behind it.
 """
 
 from collections.abc import Sequence
