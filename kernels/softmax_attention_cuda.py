@@ -139,11 +139,11 @@ def varlen_backward(
 
 
 class Ragged(NamedTuple):
-    """Sequences anywhere in their tensors, all seeing the same band of keys: what cuDNN's graphs take.
+    """Sequences end to end, all seeing the same band of keys: what cuDNN's graphs take.
 
     Query i of t sees key j of s iff i + s - t - left <= j <= i + s - t + right; None is no limit. Counts and lengths
     are rounded up so that few graphs are built; the sequences that rounding adds are empty. Pairs are (queries, keys);
-    totals count the compact rows and keys; square: t = s in all sequences.
+    square: t = s in all sequences.
     """
 
     sequences: int
@@ -156,8 +156,7 @@ class Ragged(NamedTuple):
     lengths: Callable[[str], Tensor]
     """int32 [sequences], of "rows" or "keys"."""
     starts: Callable[[str, int], Tensor]
-    """int64 [sequences + 1]: first "row", "key" of a sequence in q and k, or its "row_place", "key_place" among the
-    compact ones, times elements a row."""
+    """int64 [sequences + 1]: where the sequences' "rows" or "keys" begin, times elements a row."""
 
 
 class Uploads:
@@ -255,28 +254,23 @@ class Pack:
         # A bound of 1 would send FlashAttention down a path for decoding that knows no empty sequences.
         return Varlen(cu_q, cu_k, max(2, self.longest[0]), self.longest[1], left, right, scale)
 
-    def ragged(self, rows: int, keys: int, scale: float, device: torch.device) -> Ragged:
-        """For `rows` and `keys` compact ones in all."""
+    def ragged(self, scale: float, device: torch.device) -> Ragged:
+        def sizes(size: str) -> list[int]:
+            return [*(getattr(piece, size) for piece in self.pieces), *[0] * (self.sequences - len(self.pieces))]
 
         def lengths(size: str) -> Tensor:
+            made = ("lengths", size)
+            return self.uploads.get(made, lambda: torch.tensor(sizes(size), dtype=torch.int32), device)
+
+        def starts(size: str, elements: int) -> Tensor:
             def make() -> Tensor:
-                spare = [0] * (self.sequences - len(self.pieces))
-                return torch.tensor([*(getattr(piece, size) for piece in self.pieces), *spare], dtype=torch.int32)
+                return torch.tensor([*accumulate(sizes(size), initial=0)], dtype=torch.int64) * elements
 
-            return self.uploads.get(("lengths", size), make, device)
-
-        def starts(name: str, elements: int) -> Tensor:
-            def make() -> Tensor:
-                first, last = [getattr(piece, name) for piece in self.pieces], self.pieces[-1]
-                end = first[-1] + (last.rows if name.startswith("row") else last.keys)
-                spare = [end] * (self.sequences - len(first) + 1)
-                return torch.tensor([*first, *spare], dtype=torch.int64) * elements
-
-            return self.uploads.get(("starts", name, elements), make, device)
+            return self.uploads.get(("starts", size, elements), make, device)
 
         longest = (max(128, power_of_2(self.longest[0])), max(128, power_of_2(self.longest[1])))
-        totals, band = (_rounded(rows), _rounded(keys)), (self.left, self.right)
-        return Ragged(self.sequences, longest, totals, *band, self.square, scale, lengths, starts)
+        totals = _rounded(sum(sizes("rows"))), _rounded(sum(sizes("keys")))
+        return Ragged(self.sequences, longest, totals, self.left, self.right, self.square, scale, lengths, starts)
 
 
 def power_of_2(n: int) -> int:

@@ -17,7 +17,11 @@ _UID = {name: uid for uid, name in enumerate((*_NAMES, *(f"{name} starts" for na
 
 
 class _Operand(NamedTuple):
-    """One ragged tensor: rows of heads of width, with elements a row and a head."""
+    """One ragged tensor: rows of heads of width, with elements a row and a head.
+
+    Sequences lie end to end in all of them: cuDNN indexes its own workspaces by one operand's offsets, so that gaps, or
+    a first offset that is not 0, send its backward out of bounds.
+    """
 
     name: str
     heads: int
@@ -28,12 +32,6 @@ class _Operand(NamedTuple):
     @property
     def along(self) -> str:
         return "k" if self.name in ("k", "v", "dk", "dv") else "q"
-
-    @property
-    def axis(self) -> str:
-        """Which of a sequence's starts it follows: q, k and v lie where they are, all else is compact."""
-        places = {"q": "row", "k": "key", "v": "key", "dk": "key_place", "dv": "key_place"}
-        return places.get(self.name, "row_place")
 
 
 class _Shape(NamedTuple):
@@ -51,17 +49,25 @@ class _Shape(NamedTuple):
     outputs: tuple[_Operand, ...]
 
 
-def ragged_forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, ragged: Ragged) -> None:
-    """Writes out R H V and lse R H (fp32, natural log) at the sequences' compact rows, from q T H K, k and v S Hkv K.
+def ragged_forward(q: Tensor, k: Tensor, v: Tensor, ragged: Ragged) -> tuple[Tensor, Tensor]:
+    """q R H K, k and v C Hkv K, of any strides with the last axis dense -> out R H V, lse H R (fp32, natural log).
 
     Errors: what cudnn raises where it has no kernel for the shape.
     """
-    _run(("q", "k", "v"), (q, k, v), ("out", "stats"), (out, lse), ragged)
+    out = q.new_empty(*q.shape[:2], v.shape[2])
+    stats = q.new_empty(q.shape[:2], dtype=torch.float32)
+    _run(("q", "k", "v"), (q, k, v), ("out", "stats"), (out, stats), ragged)
+    return out, stats.T
 
 
-def ragged_backward(inputs: tuple[Tensor, ...], grads: tuple[Tensor, Tensor, Tensor], ragged: Ragged) -> None:
-    """Writes dq R H K, dk and dv C Hkv K at the compact places; inputs are dout, q, k, v, out, lse, with lse R H."""
+def ragged_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, ragged: Ragged
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq R H K, dk and dv C Hkv K from the whole softmax's out R H V and lse H R."""
+    grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    inputs = dout, q, k, v, out, lse.T
     _run(("dout", "q", "k", "v", "out", "stats"), inputs, ("dq", "dk", "dv"), grads, ragged)
+    return grads
 
 
 def _run(
@@ -80,7 +86,7 @@ def _run(
     pack = {_UID["rows"]: ragged.lengths("rows"), _UID["keys"]: ragged.lengths("keys")}
     for operand, x in zip((*operands, *outputs), (*inputs, *results), strict=True):
         pack[_UID[operand.name]] = x
-        pack[_UID[f"{operand.name} starts"]] = ragged.starts(operand.axis, operand.row)
+        pack[_UID[f"{operand.name} starts"]] = ragged.starts("keys" if operand.along == "k" else "rows", operand.row)
     with torch.cuda.device(q.device):
         handle = _handle(q.device, get_ident())
         cudnn.set_stream(handle=handle, stream=torch.cuda.current_stream(q.device).cuda_stream)

@@ -4,7 +4,7 @@ Tensors are token-major, without a batch: q T H K, k S Hkv K, v S Hkv V; lse H T
 launch is worked out once from numbers on the host, so no call ever waits for the device.
 """
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib.util import find_spec
@@ -108,12 +108,6 @@ class Tiles:
     def packs(self) -> tuple[Pack, ...]:
         """The tiles as few calls of varlen kernels."""
         return _packs(self)
-
-    @cached_property
-    def trimmed(self) -> bool:
-        """Whether some row or key belongs to no pack."""
-        pieces = [piece for pack in self.packs for piece in pack.pieces]
-        return sum(piece.rows for piece in pieces) < self.rows or sum(piece.keys for piece in pieces) < self.keys
 
     @cached_property
     def launches(self) -> dict[Hashable, str]:
@@ -344,63 +338,76 @@ def _placed(size: int, parts: list[tuple[slice | Tensor, Tensor]], fill: float =
     return whole
 
 
-def _forward_flash(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor]:
+VarlenForward = Callable[[Tensor, Tensor, Tensor, Pack, float], tuple[Tensor, Tensor]]
+VarlenBackward = Callable[[tuple[Tensor, ...], Pack, float], tuple[Tensor, Tensor, Tensor]]
+
+
+def _forward_varlen(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, run: VarlenForward) -> tuple[Tensor, Tensor]:
+    """A call for each band, over sequences laid end to end."""
     outs: list[tuple[slice | Tensor, Tensor]] = []
     totals: list[tuple[slice | Tensor, Tensor]] = []
     for pack in tiles.packs:
         rows, keys = pack.index("row", "rows", q.device), pack.index("key", "keys", q.device)
-        varlen = pack.varlen(tiles.mask(0).scale_of(q), q.device)
-        out, lse = varlen_forward(_pick(q, rows), _pick(k, keys), _pick(v, keys), varlen)
+        out, lse = run(_pick(q, rows), _pick(k, keys), _pick(v, keys), pack, tiles.mask(0).scale_of(q))
         places = pack.index("row_place", "rows", q.device)
         outs.append((places, out))
         totals.append((places, lse.T))
     return _placed(tiles.rows, outs), _placed(tiles.rows, totals, -torch.inf).T.contiguous()
 
 
-def _backward_flash(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tiles
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_varlen(inputs: tuple[Tensor, ...], tiles: Tiles, run: VarlenBackward) -> tuple[Tensor, Tensor, Tensor]:
+    dout, q, k, v, out, lse = inputs
     grads: list[list[tuple[slice | Tensor, Tensor]]] = [[], [], []]
     for pack in tiles.packs:
         rows, keys = pack.index("row", "rows", q.device), pack.index("key", "keys", q.device)
         places, key_places = pack.index("row_place", "rows", q.device), pack.index("key_place", "keys", q.device)
-        inputs = _pick(dout, places), _pick(q, rows), _pick(k, keys), _pick(v, keys), _pick(out, places)
-        varlen = pack.varlen(tiles.mask(0).scale_of(q), q.device)
-        parts = varlen_backward(*inputs, _pick(lse.T, places).T, varlen)
+        picked = _pick(dout, places), _pick(q, rows), _pick(k, keys), _pick(v, keys), _pick(out, places)
+        parts = run((*picked, _pick(lse.T, places).T), pack, tiles.mask(0).scale_of(q))
         for grad, place, part in zip(grads, (places, key_places, key_places), parts, strict=True):
             grad.append((place, part))
     return _placed(tiles.rows, grads[0]), _placed(tiles.keys, grads[1]), _placed(tiles.keys, grads[2])
 
 
-def _forward_cudnn(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor]:
-    from farspan.kernels.softmax_attention_cudnn_graph import ragged_forward
+def _run_flash(q: Tensor, k: Tensor, v: Tensor, pack: Pack, scale: float) -> tuple[Tensor, Tensor]:
+    return varlen_forward(q, k, v, pack.varlen(scale, q.device))
 
-    out = q.new_empty(tiles.rows, q.shape[1], v.shape[2])
-    lse = q.new_empty(tiles.rows, q.shape[1], dtype=lse_dtype(q.dtype))
-    if tiles.trimmed:
-        out.zero_()
-        lse.fill_(-torch.inf)
-    for pack in tiles.packs:
-        ragged_forward(q, k, v, out, lse, pack.ragged(tiles.rows, tiles.keys, tiles.mask(0).scale_of(q), q.device))
-    return out, lse.T.contiguous()
+
+def _run_flash_back(inputs: tuple[Tensor, ...], pack: Pack, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    dout, q, k, v, out, lse = inputs
+    return varlen_backward(dout, q, k, v, out, lse, pack.varlen(scale, q.device))
+
+
+def _run_cudnn(q: Tensor, k: Tensor, v: Tensor, pack: Pack, scale: float) -> tuple[Tensor, Tensor]:
+    from farspan.kernels.softmax_attention_cudnn_graph import ragged_forward  # an optional library, at its first use
+
+    return ragged_forward(q, k, v, pack.ragged(scale, q.device))
+
+
+def _run_cudnn_back(inputs: tuple[Tensor, ...], pack: Pack, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    from farspan.kernels.softmax_attention_cudnn_graph import ragged_backward
+
+    dout, q, k, v, out, lse = inputs
+    return ragged_backward(dout, q, k, v, out, lse, pack.ragged(scale, q.device))
+
+
+def _forward_flash(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor]:
+    return _forward_varlen(q, k, v, tiles, _run_flash)
+
+
+def _backward_flash(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tiles
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _backward_varlen((dout, q, k, v, out, lse), tiles, _run_flash_back)
+
+
+def _forward_cudnn(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor]:
+    return _forward_varlen(q, k, v, tiles, _run_cudnn)
 
 
 def _backward_cudnn(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tiles
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from farspan.kernels.softmax_attention_cudnn_graph import ragged_backward
-
-    make = torch.zeros if tiles.trimmed else torch.empty
-    shapes = (tiles.rows, *q.shape[1:]), (tiles.keys, *k.shape[1:]), (tiles.keys, *v.shape[1:])
-    dq, dk, dv = (make(shape, dtype=q.dtype, device=q.device) for shape in shapes)
-    total = lse.T.contiguous()
-    for pack in tiles.packs:
-        ragged_backward(
-            (dout, q, k, v, out, total),
-            (dq, dk, dv),
-            pack.ragged(tiles.rows, tiles.keys, tiles.mask(0).scale_of(q), q.device),
-        )
-    return dq, dk, dv
+    return _backward_varlen((dout, q, k, v, out, lse), tiles, _run_cudnn_back)
 
 
 def tiles_ref(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """Partial attentions and gradients on their way to whole ones, and what a schedule knows while it runs."""
 
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Protocol
 
 import torch
@@ -117,19 +118,38 @@ class Sum:
         self.kernels, self.like = kernels, like
         self.dtype = torch.promote_types(like.dtype, torch.float32) if many else like.dtype
         self.total: Tensor | None = None
+        self.begun: list[bool] = []
+        """Which heads hold something; the memory of the others was never written."""
 
     def add(self, part: Tensor, rows: Rows, heads: slice = ALL) -> None:
-        if not part.shape[0]:
+        tokens, count = self.like.shape[:2]
+        if not part.numel():
             return
         if self.total is None:
             if part.shape == self.like.shape and part.dtype == self.dtype:
-                self.total = part
+                self.total, self.begun = part, [True] * count
                 return
-            self.total = self.like.new_zeros(self.like.shape, dtype=self.dtype)
-        self.kernels.add(self.total[:, heads], part, rows)
+            self.total, self.begun = self.like.new_empty(self.like.shape, dtype=self.dtype), [False] * count
+        first = heads.start or 0
+        for begun, stretch in groupby(range(part.shape[1]), key=lambda i: self.begun[first + i]):
+            members = list(stretch)
+            columns = slice(first + members[0], first + members[-1] + 1)
+            piece = part[:, members[0] : members[-1] + 1]
+            if not begun and part.shape[0] == tokens:
+                self.total[:, columns].copy_(piece)
+            else:
+                if not begun:
+                    self.total[:, columns].zero_()
+                self.kernels.add(self.total[:, columns], piece, rows)
+            self.begun[columns] = [True] * len(members)
 
     def result(self) -> Tensor:
-        return self.like.new_zeros(self.like.shape) if self.total is None else self.total.to(self.like.dtype)
+        if self.total is None:
+            return self.like.new_zeros(self.like.shape)
+        for head, begun in enumerate(self.begun):
+            if not begun:
+                self.total[:, head].zero_()
+        return self.total.to(self.like.dtype)
 
 
 @dataclass(frozen=True)

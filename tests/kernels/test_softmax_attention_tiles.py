@@ -196,32 +196,32 @@ def fake_varlen_backward(
     return tuple(torch.cat(grads) for grads in zip(*parts, strict=True))
 
 
-def sequences(ragged: Ragged, **strides: int) -> list[list[slice]]:
-    """Ranges of rows of each sequence that is not empty, along the axes named."""
-    sizes = {name: ragged.lengths("rows" if name.startswith("row") else "keys").tolist() for name in strides}
+def sequences(ragged: Ragged, q: Tensor, k: Tensor) -> list[tuple[slice, slice]]:
+    """Ranges of rows and keys of each sequence that is not empty, which cover both tensors."""
     columns = []
-    for name, stride in strides.items():
-        starts = ragged.starts(name, stride).tolist()
-        assert len(starts) == ragged.sequences + 1 == len(sizes[name]) + 1
-        columns.append([slice(a // stride, a // stride + n) for a, n in zip(starts, sizes[name], strict=False)])
-    return [list(row) for row in zip(*columns, strict=True) if row[0].stop > row[0].start]
+    for name, x in (("rows", q), ("keys", k)):
+        starts, sizes = ragged.starts(name, x.stride(0)).tolist(), ragged.lengths(name).tolist()
+        assert len(starts) == ragged.sequences + 1 == len(sizes) + 1 and starts[-1] == x.shape[0] * x.stride(0)
+        columns.append([slice(a // x.stride(0), a // x.stride(0) + n) for a, n in zip(starts, sizes, strict=False)])
+    return [(i, j) for i, j in zip(*columns, strict=True) if i.stop > i.start]
 
 
 def fake_graph() -> ModuleType:
     """softmax_attention_cudnn_graph in plain torch: what the adapter promises, without cudnn."""
 
-    def ragged_forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, ragged: Ragged) -> None:
-        for i, j, place in sequences(ragged, row=q.stride(0), key=k.stride(0), row_place=out.stride(0)):
-            part = banded(q[i], k[j], v[j], ragged.scale, ragged.left, ragged.right)
-            out[place], lse[place] = part[0], part[1].T
+    def ragged_forward(q: Tensor, k: Tensor, v: Tensor, ragged: Ragged) -> tuple[Tensor, Tensor]:
+        band = ragged.scale, ragged.left, ragged.right
+        parts = [banded(q[i], k[j], v[j], *band) for i, j in sequences(ragged, q, k)]
+        return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts], 1)
 
-    def ragged_backward(inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...], ragged: Ragged) -> None:
-        dout, q, k, v, out, lse = inputs
-        dq, dk, dv = grads
-        strides = {"row": q.stride(0), "key": k.stride(0), "row_place": dq.stride(0), "key_place": dk.stride(0)}
-        for i, j, a, b in sequences(ragged, **strides):
-            tensors = (dout[a], q[i], k[j], v[j], out[a], lse[a].T)
-            dq[a], dk[b], dv[b] = banded_backward(*tensors, ragged.scale, ragged.left, ragged.right)
+    def ragged_backward(
+        dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, ragged: Ragged
+    ) -> tuple[Tensor, ...]:
+        band = ragged.scale, ragged.left, ragged.right
+        parts = [
+            banded_backward(dout[i], q[i], k[j], v[j], out[i], lse[:, i], *band) for i, j in sequences(ragged, q, k)
+        ]
+        return tuple(torch.cat(grads) for grads in zip(*parts, strict=True))
 
     made = ModuleType("softmax_attention_cudnn_graph")
     made.ragged_forward, made.ragged_backward = ragged_forward, ragged_backward  # type: ignore[attr-defined]
