@@ -4,7 +4,7 @@ from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -157,6 +157,8 @@ class Ragged(NamedTuple):
     """int32 [sequences], of "rows" or "keys"."""
     starts: Callable[[str, int], Tensor]
     """int64 [sequences + 1]: where the sequences' "rows" or "keys" begin, times elements a row."""
+    launches: dict[Hashable, Any]
+    """What the adapter has worked out for these sequences."""
 
 
 class Uploads:
@@ -254,7 +256,16 @@ class Pack:
         # A bound of 1 would send FlashAttention down a path for decoding that knows no empty sequences.
         return Varlen(cu_q, cu_k, max(2, self.longest[0]), self.longest[1], left, right, scale)
 
+    @cached_property
+    def _ragged(self) -> dict[tuple[float, torch.device], Ragged]:
+        return {}
+
     def ragged(self, scale: float, device: torch.device) -> Ragged:
+        if (scale, device) not in self._ragged:
+            self._ragged[scale, device] = self._make_ragged(scale, device)
+        return self._ragged[scale, device]
+
+    def _make_ragged(self, scale: float, device: torch.device) -> Ragged:
         def sizes(size: str) -> list[int]:
             return [*(getattr(piece, size) for piece in self.pieces), *[0] * (self.sequences - len(self.pieces))]
 
@@ -270,7 +281,7 @@ class Pack:
 
         longest = (max(128, power_of_2(self.longest[0])), max(128, power_of_2(self.longest[1])))
         totals = _rounded(sum(sizes("rows"))), _rounded(sum(sizes("keys")))
-        return Ragged(self.sequences, longest, totals, self.left, self.right, self.square, scale, lengths, starts)
+        return Ragged(self.sequences, longest, totals, self.left, self.right, self.square, scale, lengths, starts, {})
 
 
 def power_of_2(n: int) -> int:

@@ -223,7 +223,8 @@ def _choose_launch(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles) -> str:
     """`even`: one dense batch. `groups`: a dense batch for each shape. `flash`, `cudnn`: a varlen call for each band.
 
     cuDNN's kernels run about 1.8 times as fast as FlashAttention 2's, so they take what they can: dense through torch,
-    ragged through cudnn-frontend where that is installed. Reads shapes and settings, never values.
+    ragged through cudnn-frontend where that is installed. A ragged list is never cut into dense calls of cuDNN: every
+    new length would build a graph, which takes longer than the attention. Reads shapes and settings, never values.
     """
     dense = "groups" if tiles.even is None else "even"
     full = Mask(causal=False, softcap=tiles.softcap)
@@ -239,17 +240,7 @@ def _choose_launch(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles) -> str:
     # FlashAttention takes an edge at or beyond the longest sequence for no edge.
     if any(pack.right is not None and pack.right >= pack.longest[1] for pack in tiles.packs):
         return dense
-    if tiles.even is not None or (able == "cudnn" and _few_and_large(q, k, v, tiles)):
-        return dense
-    return "flash"
-
-
-def _few_and_large(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles) -> bool:
-    """Whether cuDNN, a shape at a time, gains more than its launches cost: 30 us are 2^26 pairs of one head."""
-    if tiles.pairs * q.shape[1] < len(tiles.alike) << 26:
-        return False
-    groups = (_inputs_alike(q, k, v, [tiles.tiles[group[0]]], tiles) for group in tiles.alike)
-    return all(choose(*group) == "cudnn" for group in groups)
+    return dense if tiles.even is not None else "flash"
 
 
 def _batched(x: Tensor, start: int, size: int, step: int, count: int) -> Tensor:

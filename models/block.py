@@ -12,7 +12,7 @@ from farspan.models.ffns import Ffn
 from farspan.models.mixers import Mixer
 from farspan.models.mixers.softmax import Angles
 from farspan.models.norm import Norm
-from farspan.parallel.context.local import Local
+from farspan.parallel.context import Runtime
 from farspan.parallel.context.shard import Documents
 
 NormPlacement = Literal["pre", "post", "peri"]
@@ -36,7 +36,7 @@ class Block:
         if self.mixer is None and self.ffn is None:
             raise ValueError("mixer=null and ffn=null: the block does nothing; leave it out instead")
 
-    def build(self, width: int, depth: int, norm: Norm, placement: NormPlacement, context: Local) -> "Layer":
+    def build(self, width: int, depth: int, norm: Norm, placement: NormPlacement, context: Runtime) -> "Layer":
         return Layer(self, width, depth, norm, placement, context)
 
 
@@ -63,10 +63,11 @@ class Layer(nn.Module):
     """
 
     def __init__(
-        self, config: Block, width: int, depth: int, norm: Norm, placement: NormPlacement, context: Local
+        self, config: Block, width: int, depth: int, norm: Norm, placement: NormPlacement, context: Runtime
     ) -> None:
         super().__init__()
-        self.width, self.rotation = width, config.mixer.rotation(width) if config.mixer else None
+        self.width, self.context = width, context
+        self.rotation = config.mixer.rotation(width) if config.mixer else None
         self.join = {"pre": _pre, "post": _post, "peri": _peri}[placement]
         self.mixer = config.mixer.build(width, depth, norm.eps, context) if config.mixer else None
         self.ffn = config.ffn.build(width, depth) if config.ffn else None
@@ -87,7 +88,7 @@ class Layer(nn.Module):
         x = torch.empty(rows, length, self.width, dtype=weight.dtype, device=weight.device, requires_grad=True)
         positions = torch.zeros(rows, length, dtype=torch.int64, device=weight.device)
         angles = None if self.rotation is None else self.rotation[0].angles(positions, self.rotation[1])
-        return x, angles, Documents()
+        return x, angles, self.context.example(rows, length)
 
     def forward(self, x: Tensor, angles: Angles | None, documents: Documents) -> Tensor:
         if (mixer := self.mixer) is not None:

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from farspan.kernels.random import Normal
 from farspan.models.block import Block, NormPlacement
-from farspan.models.mixers.softmax import Angles
+from farspan.models.mixers.softmax import Angles, Softmax
 from farspan.models.norm import Norm, Rms
 from farspan.models.rope import Rope
-from farspan.parallel.context.local import Local
+from farspan.parallel.context import Context, Runtime
 from farspan.parallel.context.shard import Batch
 from farspan.parallel.placement import Column, Placement
 from farspan.parallel.tensor import Vocabulary, Whole
@@ -63,7 +63,21 @@ class Decoder:
     def depth(self) -> int:
         return sum(block.repeat for block in self.blocks)
 
-    def build(self, vocabulary: int, context: Local) -> "DecoderModel":
+    @property
+    def windowed(self) -> bool:
+        """Whether most layers with softmax attention see a window only."""
+        seen = [(block.mixer.window, block.repeat) for block in self.blocks if isinstance(block.mixer, Softmax)]
+        return 2 * sum(repeat for window, repeat in seen if window) > sum(repeat for _, repeat in seen)
+
+    def context_problems(self, context: Context, cp: int, tp: int) -> list[str]:
+        """What keeps the mixers, cut over `tp` ranks, from being spread over `cp` more; each said of the first."""
+        found: dict[str, int] = {}
+        for i, block in enumerate(self.blocks):
+            for problem in block.mixer.context_problems(context, cp, tp) if block.mixer else []:
+                found.setdefault(problem, i)
+        return [f"blocks.{i}.mixer: {problem}" for problem, i in found.items()]
+
+    def build(self, vocabulary: int, context: Runtime) -> "DecoderModel":
         """The model for a tokenizer of `vocabulary` tokens, on torch's current default device."""
         if self.vocabulary is not None and self.vocabulary < vocabulary:
             raise ValueError(
@@ -75,7 +89,7 @@ class Decoder:
 class DecoderModel(nn.Module):
     """Tokens to summed loss, or to logits at chosen places."""
 
-    def __init__(self, config: Decoder, vocabulary: int, context: Local) -> None:
+    def __init__(self, config: Decoder, vocabulary: int, context: Runtime) -> None:
         super().__init__()
         width, depth, norm, placement = config.width, config.depth, config.norm, config.placement
         self.embed = nn.Embedding(vocabulary, width)
@@ -108,9 +122,9 @@ class DecoderModel(nn.Module):
     def forward(self, batch: Batch, at: Tensor | None = None) -> Tensor:
         """Without `at`: the summed loss of the batch, in nats. With `at` (int64 places in row 0): N V logits."""
         x = self.embed_norm(self.vocabulary.embed(batch.tokens, self.embed.weight))  # B T D
-        angles = self.angles(batch.positions)
+        angles, documents = self.angles(batch.positions), batch.documents
         for layer, rotation in zip(self.layers, self.rotations, strict=True):
-            x = layer(x, None if rotation is None else angles[rotation], batch.documents)
+            x = layer(x, None if rotation is None else angles[rotation], documents)
         head = self.embed.weight if self.head is None else self.head.weight
         if at is not None:
             return self.vocabulary.logits(self.norm(x), head, at)

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from farspan.kernels.random import Normal
 from farspan.parallel import fsdp, recompute, tensor
+from farspan.parallel.context import Runtime
 from farspan.parallel.context.shard import Batch
 from farspan.parallel.fsdp import local
 from farspan.parallel.mesh import Gather, Mesh
@@ -37,6 +38,7 @@ class Engine:
         starts: Mapping[str, Normal],
         mesh: Mesh,
         *,
+        context: Runtime,
         seed: int,
         compute: torch.dtype | None = None,
         kept: float | None = None,
@@ -45,6 +47,7 @@ class Engine:
     ) -> None:
         """`model` lives on the meta device; `layers` are its units of sharding, `starts` its first values.
 
+        context: what the model attends with; it cuts the batches, which the ranks of cp are all given whole.
         kept: what stays of each layer until its backward, as `recompute.apply` has it; None: all of it.
         """
         shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
@@ -57,7 +60,7 @@ class Engine:
                 layer.forward = torch.compile(layer.forward)
         fsdp.shard(model, layers, mesh, compute, gather)
         model.to_empty(device=mesh.device)
-        self.model, self.mesh, self.gather = model, mesh, gather
+        self.model, self.mesh, self.context, self.gather = model, mesh, context, gather
         self._parts = Parts(dict(model.named_parameters()), shapes, pieces, mesh)
         self.weights = self._parts.weights
         """The weights by name: DTensors of whole shape that keep their identity while the model gathers and frees
@@ -82,8 +85,8 @@ class Engine:
         return total
 
     def _placed(self, batch: Batch) -> Batch:
-        """The batch on the device, its rows as long as tp can cut them."""
-        return batch.padded(self.mesh.sizes.tp).to(self.mesh.device)
+        """This rank's part of the batch on the device, its rows as long as tp can cut them."""
+        return self.context.cut(batch).padded(self.mesh.sizes.tp).to(self.mesh.device)
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum of a device scalar over the ranks that hold different data."""
@@ -110,11 +113,17 @@ class Engine:
         self._parts.clear()
 
     def evaluate(self, batch: Batch, at: Tensor | None = None) -> Tensor:
-        """The model's answer without gradients: summed loss, or logits at places `at` of row 0."""
+        """The model's answer without gradients, alike on all of cp and tp: summed loss, or logits at `at` of row 0."""
+        mine = self._placed(batch)
+        places, here = (None, None) if at is None else self.context.find(mine, at)
         with torch.no_grad():
-            answer: Tensor = self.model(self._placed(batch), at)
+            answer: Tensor = self.model(mine, places)
         for unit in fsdp.units(self.model):
             unit.reshard()
+        if self.context.ranks > 1:
+            if here is not None:  # a token is on one rank of cp
+                answer = answer.masked_fill(~here.to(answer.device)[:, None], 0.0)
+            dist.all_reduce(answer, group=self.mesh.context.handle)
         return answer
 
 

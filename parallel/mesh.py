@@ -36,6 +36,7 @@ class Parallel:
     etp: int = 1
     """Ranks that cut each expert between them."""
     context: Context = Auto()
+    """How attention spans the ranks of cp, and which rank holds which tokens; with cp = 1 it has no say."""
     gather: Gather | Literal["auto"] = "auto"
     """How long a gathered weight stays: `layer` frees it after each forward and backward; `step` keeps it, in the type
     of products, through all micro-batches: fewer gathers for more memory. auto: step where shard is 1."""
@@ -52,8 +53,8 @@ class Parallel:
             if isinstance(size := getattr(self, axis), int) and size < 1
         ]
         found += [
-            f"parallel.{axis}={size}: this version trains with {axis}=1 only; give the ranks to dp or tp"
-            for axis in ("cp", "pp", "ep", "etp")
+            f"parallel.{axis}={size}: this version trains with {axis}=1 only; give the ranks to dp, cp or tp"
+            for axis in ("pp", "ep", "etp")
             if (size := getattr(self, axis)) > 1
         ]
         if found:
@@ -163,6 +164,17 @@ class Mesh:
     def tensor(self) -> Group:
         """The ranks that tensor parallelism spreads a layer over."""
         return Group(self.dense.get_group("tp"))
+
+    @cached_property
+    def context(self) -> Group:
+        """The ranks that context parallelism spreads a sequence over; all ranks ask for it together.
+
+        A group of its own even where it is all ranks: its messages must not queue behind the weights'.
+        """
+        ranks = torch.arange(self.sizes.world).view(self.sizes.view(DENSE)).movedim(DENSE.index("cp"), -1)
+        mine, _ = dist.new_subgroups_by_enumeration(ranks.reshape(-1, self.sizes.cp).tolist())
+        assert mine is not None
+        return Group(mine)
 
     def pieces(self, copies: int) -> DeviceMesh:
         """The ranks by PIECES: a weight is cut into its parts first, and each part over `shard`."""

@@ -64,7 +64,7 @@ def _keeping(kept: frozenset[Call]) -> Callable[[], tuple[AbstractContextManager
 
 
 def _always() -> set[OpOverload]:
-    return {torch.ops.farspan.attend.default}
+    return {torch.ops.farspan.attend.default, torch.ops.farspan.attend_spread.default}
 
 
 def _contexts(kept: frozenset[Call]) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

@@ -135,8 +135,10 @@ class Job:
         if not found and self.train.batch % (dp := self.parallel.sizes(world).dp):
             near = max(dp, round(self.train.batch / dp) * dp)
             found.append(f"train.batch={self.train.batch}: must be a multiple of dp={dp}; try {near}")
-        if self.parallel.tp > 1:
-            found += [f"model.{problem}" for problem in self.model.tensor_problems(self.parallel.tp)]
+        uneven = self.model.tensor_problems(self.parallel.tp) if self.parallel.tp > 1 else []
+        found += [f"model.{problem}" for problem in uneven]
+        if self.parallel.cp > 1 and not uneven:
+            found += self._spread_problems()
         warmup = self.schedule.warmup
         if warmup >= self.train.steps > 1:
             found.append(
@@ -150,6 +152,18 @@ class Job:
             place = "data.sources.0.data.held_out" if isinstance(self.data, Mixture) else "data.held_out"
             found.append(f"{place}=0: train.evaluate needs held-out documents; try 0.01, or evaluate: null")
         return found + (self._one_way() if self.data.both_ways else [])
+
+    def _spread_problems(self) -> list[str]:
+        """What keeps the sequences from being cut across the ranks of cp."""
+        parallel = self.parallel
+        problems = self.model.context_problems(parallel.context, parallel.cp, parallel.tp)
+        found = [f"model.{problem}" for problem in problems]
+        if self.data.both_ways:
+            found.append(
+                f"parallel.cp={parallel.cp}: data's objective shows a prefix both ways, which cannot be cut across "
+                "ranks; set it to bidirectional: false, or parallel.cp=1"
+            )
+        return found
 
     def _one_way(self) -> list[str]:
         """The mixers that cannot show a prefix both ways."""

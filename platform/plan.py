@@ -7,6 +7,7 @@ import torch
 from farspan.models.decoder import DecoderModel
 from farspan.parallel import recompute, tensor
 from farspan.parallel.mesh import Sizes
+from farspan.platform.config import kind
 from farspan.platform.job import Job
 from farspan.platform.trainer import compute_type
 
@@ -36,20 +37,27 @@ class Plan:
     flops_per_token: float
     """Forward and backward, at full-length documents."""
     sizes: Sizes
+    context: str
+    """The kind of context schedule."""
     micro_batches: int
     tokens_per_step: int
+    tokens_at_once: int
+    """Of one micro-batch on one rank of cp."""
     memory: Memory
 
     def lines(self) -> list[str]:
-        sizes, memory = self.sizes, self.memory
+        sizes, memory, spread = self.sizes, self.memory, self.sizes.cp > 1
         axes = " · ".join(f"{axis}={getattr(sizes, axis)}" for axis in ("pp", "dp", "cp", "tp"))
         parts = "  ".join(f"{name} {_bytes(size)}" for name, size in vars(memory).items())
+        context = f", context {self.context}" if spread else ""
+        cut = f", cut into {sizes.cp} parts of {self.tokens_at_once:,}" if spread else ""
+        note = "; what cp exchanges within a layer comes on top" if spread else ""
         return [
             f"parameters       {self.parameters:,}",
             f"FLOPs per token  {self.flops_per_token:.4g} (forward and backward)",
-            f"mesh             {sizes.world} ranks = {axes}; weights: {sizes.replicate} x shard {sizes.shard}",
-            f"step             {self.tokens_per_step:,} tokens in {self.micro_batches} micro-batch(es) a rank",
-            f"memory           about {_bytes(memory.total)} a rank: {parts}",
+            f"mesh             {sizes.world} ranks = {axes}{context}; weights: {sizes.replicate} x shard {sizes.shard}",
+            f"step             {self.tokens_per_step:,} tokens in {self.micro_batches} micro-batch(es) a rank{cut}",
+            f"memory           about {_bytes(memory.total)} a rank: {parts}{note}",
         ]
 
 
@@ -63,36 +71,46 @@ def plan(job: Job, world: int, device: str) -> Plan:
     rows = job.train.batch // sizes.dp
     micro = min(job.train.micro_batch or rows, rows)
     compute = compute_type(job, torch.device(device)) or torch.float32
+    cut = (micro, length) if sizes.cp == 1 else (1, _part(micro * length, sizes))
     return Plan(
         parameters=sum(weight.numel() for weight in whole.parameters()),
         flops_per_token=3 * whole.flops((length,)) / length,
         sizes=sizes,
+        context=kind(type(job.parallel.context)),
         micro_batches=-(-rows // micro),
         tokens_per_step=job.train.batch * length,
-        memory=_memory(job, held, sizes, micro, compute),
+        tokens_at_once=cut[0] * cut[1],
+        memory=_memory(job, held, sizes, cut, compute),
     )
 
 
-def _memory(job: Job, model: DecoderModel, sizes: Sizes, rows: int, compute: torch.dtype) -> Memory:
-    """Of the pieces that one rank of tp holds; what tp cuts over tokens is counted whole, an upper bound."""
+def _part(tokens: int, sizes: Sizes) -> int:
+    """Tokens of one rank of cp: what the longest part may have more is left out."""
+    return -(-tokens // (sizes.cp * sizes.tp)) * sizes.tp
+
+
+def _memory(job: Job, model: DecoderModel, sizes: Sizes, cut: tuple[int, int], compute: torch.dtype) -> Memory:
+    """Of the pieces that one rank of tp holds; what tp cuts over tokens is counted whole, an upper bound.
+
+    cut: rows of a micro-batch on one rank, and their length; under cp its tokens are one row.
+    """
     weights = sum(weight.numel() for weight in model.parameters())
     layers = [sum(weight.numel() for weight in layer.parameters()) for layer in model.layers]
     root = weights - sum(layers)
     head = model.embed.weight
-    chunk = min(1 << 27, rows * job.data.sequence_length * head.shape[0])
+    chunk = min(1 << 27, cut[0] * cut[1] * head.shape[0])
     return Memory(
         weights=4 * weights // sizes.shard,
         gradients=4 * weights // sizes.shard,
         optimizer=job.optim.bytes_per_weight() * weights // sizes.shard,
         gathered=(weights if job.parallel.gathering(sizes) == "step" else root + 2 * max(layers)) * compute.itemsize,
-        activations=_activations(job, model.to(compute), rows),
+        activations=_activations(job, model.to(compute), *cut),
         logits=chunk * (4 + 4 + compute.itemsize) + 4 * head.numel(),
     )
 
 
-def _activations(job: Job, model: DecoderModel, rows: int) -> int:
+def _activations(job: Job, model: DecoderModel, rows: int, length: int) -> int:
     """Bytes that live from forward to backward, and what one layer's backward brings back; equal layers traced once."""
-    length = job.data.sequence_length
     stream = rows * length * model.embed.embedding_dim * model.embed.weight.dtype.itemsize
     norms = sum(1 for norm in (model.embed_norm, model.norm) if any(True for _ in norm.parameters()))
     total, largest = (1 + norms) * stream, 0  # what the outer norms save, and the hidden gradient that the loss keeps

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from farspan.models.decoder import initial
+from farspan.parallel.context import Axis, Runtime
 from farspan.parallel.engine import Engine
 from farspan.parallel.mesh import Mesh
 from farspan.platform import checkpoint, evaluate
@@ -88,6 +89,8 @@ class Trainer:
         self.sound = torch.ones((), dtype=torch.bool, device=mesh.device)
         """Falls for good at the first step that is not finite, under the policy `stop`."""
         self.save_due = False
+        self.explained = False
+        """Whether it was said how attention spans the ranks."""
         self.micro_batch = min(job.train.micro_batch or job.train.batch, job.train.batch // mesh.sizes.dp)
         self.loader = Loader(
             self.corpus.train,
@@ -173,6 +176,10 @@ class Trainer:
         last = step == job.train.steps
         self.saver.poll()
         self.around.beat(step)
+        if not self.explained:
+            self.explained = True
+            for text in self.engine.context.explain().splitlines():
+                self.say(text)
         self.save_due |= job.checkpoint.every is not None and step % job.checkpoint.every == 0
         evaluating = job.train.evaluate is not None and (last or step % job.train.evaluate.every == 0)
         if (last or evaluating or self.save_due or step % job.metrics.every == 0) and (broken := self._broken()):
@@ -331,9 +338,17 @@ class Trainer:
             self.say(journal.note)
         return journal, Sinks(_sinks(self.job.metrics, folder, self.around.config), self.say)
 
+    def _context(self) -> Runtime:
+        """What attention runs with, spread over cp; a group of ranks is made only where there are several."""
+        mesh, context = self.mesh, self.job.parallel.context
+        if mesh.sizes.cp == 1:
+            return context.build()
+        windowed = self.job.model.windowed
+        return context.build(Axis(group=mesh.context, device=mesh.device, multiple=mesh.sizes.tp, windowed=windowed))
+
     def _engine(self) -> tuple[Engine, Callable[[tuple[int, ...]], float]]:
         job = self.job
-        context = job.parallel.context.build()
+        context = self._context()
         with torch.device("meta"):  # the engine cuts one of the two; the other keeps the whole's shapes, to count by
             model, whole = (job.model.build(job.data.vocabulary, context) for _ in range(2))
         engine = Engine(
@@ -341,6 +356,7 @@ class Trainer:
             list(model.layers),
             initial(model),
             self.mesh,
+            context=context,
             seed=job.seed,
             compute=compute_type(job, self.mesh.device),
             kept=job.train.kept,

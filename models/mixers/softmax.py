@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from farspan.kernels.random import Normal
 from farspan.models.norm import RMSNorm
 from farspan.models.rope import Rope, rotate
-from farspan.parallel.context.local import Local
+from farspan.parallel.context import Context, Runtime
 from farspan.parallel.context.shard import Documents
 from farspan.parallel.placement import Column, Placement, Row
 
@@ -73,12 +73,17 @@ class Softmax:
             return [f"kv_heads={kv_heads}: must be a multiple or a divisor of parallel.tp={tp}"]
         return []
 
-    def build(self, width: int, depth: int, eps: float, context: Local) -> "SoftmaxMixer":
+    def context_problems(self, context: Context, cp: int, tp: int) -> list[str]:
+        """What keeps the heads of one rank of tp from being spread over `cp` ranks."""
+        kv_heads = self.kv_heads or self.heads
+        return [f"parallel.context.{p}" for p in context.problems(cp, self.heads // tp, max(1, kv_heads // tp))]
+
+    def build(self, width: int, depth: int, eps: float, context: Runtime) -> "SoftmaxMixer":
         return SoftmaxMixer(self, width, depth, eps, context)
 
 
 class SoftmaxMixer(nn.Module):
-    def __init__(self, config: Softmax, width: int, depth: int, eps: float, context: Local) -> None:
+    def __init__(self, config: Softmax, width: int, depth: int, eps: float, context: Runtime) -> None:
         super().__init__()
         self.config, self.depth, self.context = config, depth, context
         self.key_dim = config.key_dim(width)

@@ -4,9 +4,9 @@ To compiled code an attention is one opaque operator that is told the name of it
 its batch: nothing about either is looked up anywhere else, and recomputation and compilation see plain tensors.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
 import torch
@@ -30,14 +30,53 @@ class Deal:
     multiple: int = 1
 
 
+@dataclass(frozen=True)
+class Call:
+    """An attention that wants a schedule: of which tokens, with which mask, over tensors of which shapes."""
+
+    layout: Layout
+    sight: Sight
+    heads: int
+    kv_heads: int
+    width: int
+    """K, of queries and keys."""
+    value_width: int
+    """V."""
+    dtype: torch.dtype
+    backward: bool
+
+
+class Choices(Protocol):
+    """Schedules picked while a run goes on: what they were, so that they can be told and made again."""
+
+    def explain(self) -> str:
+        """A line for each: what was picked, and why."""
+
+    def chosen(self) -> dict[str, str]:
+        """What was picked, by what for."""
+
+    def replay(self, chosen: Mapping[str, str]) -> None:
+        """From now on picks the same for the same."""
+
+
 class Spread:
     """The runtime of cp > 1: `attend` spans the sequence of all ranks, `cut` gives each its part of a batch."""
 
     def __init__(
-        self, name: str, rank: int, ranks: int, spanning: Callable[[Layout], Spanning], deal: Deal, link: Link
+        self,
+        name: str,
+        rank: int,
+        ranks: int,
+        spanning: Callable[[Call], Spanning],
+        deal: Deal,
+        link: Link,
+        choices: Choices | None = None,
     ) -> None:
-        """`spanning` picks the schedule for a layout; `link` is this rank's way to the others."""
-        self.name, self.rank, self.ranks = name, rank, ranks
+        """`spanning` picks the schedule, the same on all ranks; `link` is this rank's way to the others.
+
+        choices: what `spanning` has picked, where it is no foregone conclusion.
+        """
+        self.name, self.rank, self.ranks, self.choices = name, rank, ranks, choices
         self.spanning, self.deal, self.link = spanning, deal, link
         self.kernels = Kernels()
         _RUNTIMES[name] = self
@@ -79,7 +118,8 @@ class Spread:
         places = whole.places(self.rank)
 
         def mine(tensor: Tensor, fill: int) -> Tensor:
-            part = tensor.new_full((1, whole.tokens), fill)
+            pinned = tensor.is_pinned()  # a copy from other memory would wait for the device
+            part = torch.full((1, whole.tokens), fill, dtype=tensor.dtype, pin_memory=pinned)
             part[0, : len(places)] = tensor.flatten().index_select(0, places)
             return part
 
@@ -100,17 +140,41 @@ class Spread:
         found = places[here] == at if len(places) else torch.zeros_like(at, dtype=torch.bool)
         return torch.where(found, here, 0), found
 
+    def example(self, rows: int, length: int) -> Documents:
+        """Rows of one document each, of which each rank holds rows·length tokens: to measure a layer with."""
+        table = encode(self.deal.rows, (length * self.ranks,) * rows, self.deal.inner, self.deal.multiple)
+        return Documents(layout=torch.tensor(table, device="cpu"))
+
+    def explain(self) -> str:
+        """What was picked so far and why; empty where a configuration names the schedule."""
+        return "" if self.choices is None else self.choices.explain()
+
+    def chosen(self) -> dict[str, str]:
+        """What was picked so far, to be replayed when the run goes on elsewhere."""
+        return {} if self.choices is None else self.choices.chosen()
+
+    def replay(self, chosen: Mapping[str, str]) -> None:
+        """Picks what was picked before, whatever this machine would make of it."""
+        if self.choices is not None:
+            self.choices.replay(chosen)
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, table: Tensor, sight: Sight) -> tuple[Tensor, Tensor]:
         """Out T H V, lse H T."""
         me = self._me(table, sight)
-        return drive(self.spanning(me.layout).forward(me, q, k, v), self.link)
+        return drive(self.spanning(_call(me, q, k, v, backward=False)).forward(me, q, k, v), self.link)
 
     def backward(self, saved: Saved, table: Tensor, sight: Sight) -> Grads:
         me = self._me(table, sight)
-        return drive(self.spanning(me.layout).backward(me, saved), self.link)
+        call = _call(me, saved.q, saved.k, saved.v, backward=True)
+        return drive(self.spanning(call).backward(me, saved), self.link)
 
     def _me(self, table: Tensor, sight: Sight) -> Me:
         return Me(self.rank, decode(table, self.ranks), sight, self.kernels)
+
+
+def _call(me: Me, q: Tensor, k: Tensor, v: Tensor, *, backward: bool) -> Call:
+    heads, (kv_heads, width) = q.shape[1], k.shape[1:]
+    return Call(me.layout, me.sight, heads, kv_heads, width, v.shape[2], q.dtype, backward)
 
 
 _RUNTIMES: WeakValueDictionary[str, Spread] = WeakValueDictionary()

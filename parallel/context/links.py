@@ -94,7 +94,7 @@ class Arena:
         self.memory = symmetric_memory.empty(SLOTS * capacity, dtype=torch.uint8, device=device)
         self.handle = symmetric_memory.rendezvous(self.memory, group.handle)
         self.rooms = count()
-        self.last = [-1] * SLOTS
+        self.last = [-2] * SLOTS
         """The last post out of each slot."""
 
     def holds(self, room: Tensor) -> bool:
@@ -124,8 +124,8 @@ class Symmetric:
             self.arenas.append(Arena(1 << (asked.most - 1).bit_length(), self.group, self.device))
         arena = self.arenas[-1]
         slot = next(arena.rooms) % SLOTS
-        if arena.last[slot] >= 0:
-            torch.cuda.current_stream(self.device).wait_event(self.passed[arena.last[slot] + 1])
+        if behind := self.passed.get(arena.last[slot] + 1):
+            torch.cuda.current_stream(self.device).wait_event(behind)
         return arena.memory[slot * arena.capacity : slot * arena.capacity + asked.size]
 
     def post(self, post: Post) -> int:
@@ -137,11 +137,13 @@ class Symmetric:
         with torch.cuda.stream(self.stream):
             arena.handle.barrier(channel=0)
             self.passed[number] = self.stream.record_event()
-            for take in post.takes:
+            # Everyone begins with the rank above its own, so that no rank is read by all at once.
+            for take in sorted(post.takes, key=lambda take: (take.source - self.group.rank) % self.group.size):
                 into = as_bytes(take.into)
                 if into.numel():
-                    place = (into.numel(),), torch.uint8, offset + take.start
-                    into.copy_(arena.handle.get_buffer(take.source, *place), non_blocking=True)
+                    size, start = (into.numel(),), int(offset) + take.start
+                    theirs = arena.handle.get_buffer(take.source, size, torch.uint8, start)
+                    into.copy_(theirs, non_blocking=True)
             self.done[number] = self.stream.record_event()
         self.passed.pop(number - 4 * SLOTS, None)
         return number

@@ -53,7 +53,8 @@ class _Cargo:
     def __init__(self, me: Me, q: Tensor, k: Tensor, v: Tensor) -> None:
         self.me, self.lanes = me, lanes(me.layout, q.shape[1], k.shape[1])
         self.packings = [Packing(k[:, lane.heads[1]], v[:, lane.heads[1]]) for lane in self.lanes]
-        self.most = sum(max(self._size(i, rank) for rank in range(me.ranks)) for i in range(len(self.lanes)))
+        sizes = [max(self._size(i, rank) for rank in range(me.ranks)) for i in range(len(self.lanes))]
+        self.most = sum(size + -size % ALIGNMENT for size in sizes)
 
     def owner(self, i: int, rank: int, step: int) -> int:
         return (rank - self.lanes[i].way * step) % self.me.ranks

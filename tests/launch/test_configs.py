@@ -8,6 +8,7 @@ import pytest
 
 from farspan.launch import run as runs
 from farspan.platform import config
+from farspan.platform.plan import plan
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -34,3 +35,14 @@ def test_dry_run_prints_the_plan_and_starts_nothing(tmp_path: Path) -> None:
 def test_the_llama_1b_configuration_has_its_size() -> None:
     run = runs.decode(config.read(next(p for p in CONFIGS if p.stem == "llama_1b"), ["launch.ranks=1"]))
     assert "1,235,814,400" in runs.plan_of(run)[0]  # the published Llama-3.2-1B
+
+
+def test_two_ranks_of_cp_hold_half_of_each_sequence() -> None:
+    path = next(p for p in CONFIGS if p.stem == "long_context_1b")
+    cut, whole = (runs.decode(config.read(path, [f"launch.ranks={n}", f"parallel.cp={n}"])) for n in (2, 1))
+    halves, all_of_it = (plan(run.job, n, "cuda") for run, n in ((cut, 2), (whole, 1)))
+    assert 2 * halves.memory.activations == pytest.approx(all_of_it.memory.activations, rel=0.01)
+    assert halves.flops_per_token == all_of_it.flops_per_token and halves.tokens_per_step == 131072
+    mesh, step = runs.plan_of(cut)[2:4]
+    assert "cp=2 · tp=1, context auto; weights: 1 x shard 2" in mesh and step.endswith("cut into 2 parts of 65,536")
+    assert "context" not in runs.plan_of(whole)[2] and "cut into" not in runs.plan_of(whole)[3]

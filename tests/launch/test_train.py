@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -228,7 +229,16 @@ def test_ray_runs_the_same_job_and_survives_a_kill(config: Path, undisturbed: Pa
         (["lanch.kind=ray"], "did you mean launch?"),
         (["data.paths=[/no/such/folder]"], "data.paths[0]='/no/such/folder'"),
         (["model.blocks.0.mixer.heads=3"], "heads=3: must divide width=16"),
-        (["parallel.cp=2"], "parallel.cp=2: this version trains with cp=1 only"),
+        (["parallel.pp=2"], "parallel.pp=2: this version trains with pp=1 only; give the ranks to dp, cp or tp"),
+        (
+            ["parallel.cp=4", "launch.ranks=4", "parallel.context={kind: grid, inner: 3}"],
+            "model.blocks.0.mixer: parallel.context.inner=3: must divide parallel.cp=4",
+        ),
+        (
+            ["parallel.cp=2", "data.objective={kind: prefix}"],
+            "parallel.cp=2: data's objective shows a prefix both ways, which cannot be cut across ranks; set it to "
+            "bidirectional: false, or parallel.cp=1",
+        ),
         (
             ["parallel.tp=2", "model.blocks.0.mixer.heads=1"],
             "model.blocks.0.mixer.heads=1: must be a multiple of parallel.tp=2",
@@ -252,16 +262,76 @@ def test_mistakes_are_named_before_any_process_starts(
     assert message in said and not (config.parent / "runs").exists()
 
 
-def test_tensor_parallelism_gives_one_ranks_losses(config: Path) -> None:
-    """Spread over two ranks, killed and gone on with on one: the losses of one rank."""
-    finished(launch(config, "name=one", "launch.ranks=1", "train.steps=8", "train.sample=null"))
-    finished(launch(config, "name=two", "parallel.tp=2", "train.steps=4", "schedule.steps=8", "train.sample=null"))
-    again = ["name=two", "launch.ranks=1", "train.steps=8", "schedule.steps=8", "train.sample=null", "--resume"]
-    finished(launch(config, *again))
-    one, two = (metrics.latest(metrics.read(config.parent / "runs" / name)) for name in ("one", "two"))
-    for left, right in zip(*([line for line in run if "loss" in line] for run in (one, two)), strict=True):
-        assert left["loss"] == pytest.approx(right["loss"], rel=1e-5)
-        assert left["grad_norm"] == pytest.approx(right["grad_norm"], rel=1e-4)
+@dataclass(frozen=True)
+class OneRank:
+    """A run of eight steps on one rank, and what it wrote at the end."""
+
+    config: Path
+    written: str
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory, write_corpus: Callable[[Path], Path]) -> OneRank:
+    folder = tmp_path_factory.mktemp("spread")
+    write_corpus(folder)
+    (folder / "tiny.yaml").write_text(CONFIG)
+    said = finished(launch(folder / "tiny.yaml", "name=one", "launch.ranks=1", "train.steps=8", *CHANGES))
+    return OneRank(folder / "tiny.yaml", sample_of(said))
+
+
+CHANGES = (
+    "model.width=32",
+    "model.blocks.0.mixer.heads=4",
+    "model.blocks.0.mixer.kv_heads=2",
+    "train.evaluate={every: 4, rows: 4}",
+)
+"""To the tiny job: heads enough for four ranks."""
+
+
+def sample_of(said: str) -> str:
+    return next(line for line in said.splitlines() if "sample: " in line)
+
+
+def same_curve(one_rank: OneRank, name: str) -> None:
+    """The losses of a run are those of one rank."""
+    one, other = (metrics.latest(metrics.read(one_rank.config.parent / "runs" / run)) for run in ("one", name))
+    for key, tolerance in (("loss", 1e-5), ("eval_loss", 1e-5), ("grad_norm", 1e-4)):
+        left, right = ([line[key] for line in run if key in line] for run in (one, other))
+        assert left and left == pytest.approx(right, rel=tolerance), key
+
+
+@pytest.mark.parametrize("axis", ["tp", "cp"])
+def test_stopped_across_ranks_and_gone_on_with_on_one(one_rank: OneRank, axis: str) -> None:
+    """Layers or sequences spread over two ranks, and then on one: the losses and the text of one rank."""
+    common = [f"name={axis}", "schedule.steps=8", *CHANGES]
+    finished(launch(one_rank.config, f"parallel.{axis}=2", "train.steps=4", *common))
+    said = finished(launch(one_rank.config, "launch.ranks=1", "train.steps=8", "--resume", *common))
+    same_curve(one_rank, axis)
+    assert sample_of(said) == one_rank.written
+
+
+CONTEXTS = ("{kind: gather}", "{kind: ring}", "{kind: token_ring}", "{kind: ulysses}", "{kind: auto}")
+
+
+@pytest.mark.laws
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        *(f"{{cp: 2, context: {context}}}" for context in CONTEXTS),
+        "{cp: 4, context: {kind: ring}}",
+        "{cp: 4, context: {kind: ulysses}}",
+        "{cp: 4, context: {kind: grid, inner: 2, outer: {kind: token_ring}}}",
+        "{cp: 2, dp: 2, context: {kind: grid, inner: 2}}",
+        "{cp: 2, tp: 2, context: {kind: ring}}",
+    ],
+)
+def test_every_context_schedule_gives_one_ranks_losses(one_rank: OneRank, parallel: str) -> None:
+    name = "".join(c if c.isalnum() else "-" for c in parallel)
+    ranks = 4 if any(size in parallel for size in ("cp: 4", "dp: 2", "tp: 2")) else 2
+    wanted = [f"name={name}", f"parallel={parallel}", f"launch.ranks={ranks}", "train.steps=8", *CHANGES]
+    said = finished(launch(one_rank.config, *wanted))
+    same_curve(one_rank, name)
+    assert sample_of(said) == one_rank.written
 
 
 def test_bad_data_is_named_and_mended(config: Path) -> None:

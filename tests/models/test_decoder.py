@@ -229,6 +229,16 @@ def test_rotation_keeps_lengths_and_turns_by_distance() -> None:
         torch.testing.assert_close(same, same[:1].expand_as(same), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("layers", "mostly"), [([(1, 3), (1, None)], False), ([(2, 3), (1, None)], True), ([(1, None)], False), ([], False)]
+)
+def test_windowed_says_what_most_layers_see(layers: list[tuple[int, int | None]], mostly: bool) -> None:
+    """Layers count, not blocks, and those without attention not at all."""
+    seen = tuple(Block(repeat=n, mixer=Softmax(heads=2, window=window), ffn=None) for n, window in layers)
+    blind = Block(repeat=9, mixer=None, ffn=Swiglu(hidden=8))
+    assert Decoder(width=16, blocks=(*seen, blind)).windowed == mostly
+
+
 def test_a_vocabulary_smaller_than_the_tokenizers_is_refused() -> None:
     with pytest.raises(ValueError, match="vocabulary=8: the tokenizer has 31"):
         Decoder(width=16, vocabulary=8, blocks=(Block(mixer=FULL, ffn=None),)).build(31, Local())

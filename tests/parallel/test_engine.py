@@ -11,6 +11,7 @@ from farspan.models.block import Block
 from farspan.models.decoder import Decoder, initial
 from farspan.models.ffns import Swiglu
 from farspan.models.mixers import Softmax
+from farspan.parallel.context import Auto, Axis, Context, Gather, Grid, Ring, Runtime, TokenRing, Ulysses
 from farspan.parallel.context.local import Local
 from farspan.parallel.context.shard import IGNORE, Batch
 from farspan.parallel.engine import Engine
@@ -22,7 +23,18 @@ WIDTH, VOCABULARY, LENGTH, ROWS = 22, 60, 19, 8
 """Odd sizes: neither the rows, the width, the norms nor what tp leaves of a weight divide by the ranks."""
 
 
-def batches(rank: int, dp: int, micro: int) -> list[Batch]:
+CONTEXTS: dict[str, Context] = {
+    "auto": Auto(),
+    "gather": Gather(),
+    "grid": Grid(inner=2, outer=Ring()),
+    "ring": Ring(),
+    "token_ring": TokenRing(),
+    "ulysses": Ulysses(),
+    "contiguous": Gather(layout="contiguous"),
+}
+
+
+def batches(rank: int, dp: int, micro: int, packed: bool = True) -> list[Batch]:
     """This rank's micro-batches of one step of 8 rows, whose numbers of valid labels differ from row to row."""
     made = torch.Generator().manual_seed(7)
     tokens = torch.randint(VOCABULARY, (ROWS, LENGTH), generator=made)
@@ -30,20 +42,20 @@ def batches(rank: int, dp: int, micro: int) -> list[Batch]:
     for row in range(ROWS):
         labels[row, : 2 * row] = IGNORE
     mine = range(rank * ROWS // dp, (rank + 1) * ROWS // dp)
-    return [_batch(tokens[part], labels[part]) for part in torch.tensor(mine).split(micro)]
+    return [_batch(tokens[part], labels[part], packed) for part in torch.tensor(mine).split(micro)]
 
 
-def _batch(tokens: Tensor, labels: Tensor) -> Batch:
-    """Each row is two documents, of 7 and 12 tokens."""
+def _batch(tokens: Tensor, labels: Tensor, packed: bool) -> Batch:
+    """Each row is two documents, of 7 and 12 tokens, or one."""
     rows = len(tokens)
-    lengths = (7, 12) * rows
+    lengths = ((7, 12) if packed else (LENGTH,)) * rows
     bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
     positions = torch.cat([torch.arange(length) for length in lengths]).view(rows, LENGTH)
     return Batch(
         tokens=tokens,
         labels=labels,
         positions=positions,
-        cu_seqlens=bounds,
+        cu_seqlens=bounds if packed else None,
         lengths=lengths,
         valid=int((labels != IGNORE).sum()),
     )
@@ -51,7 +63,7 @@ def _batch(tokens: Tensor, labels: Tensor) -> Batch:
 
 def model(tied: bool = False) -> Decoder:
     rich = Softmax(heads=4, kv_heads=2, head_dim=8, qk_norm=True, window=5, sinks=True)
-    plain = Softmax(heads=4, kv_heads=1, head_dim=6, rope=None)
+    plain = Softmax(heads=4, kv_heads=1, head_dim=6, rope=None, softcap=3.0)
     return Decoder(
         width=WIDTH,
         tied=tied,
@@ -68,39 +80,55 @@ def whole(tensor: Tensor) -> Tensor:
     return full(tensor).detach().clone()
 
 
+def runtime(parallel: Parallel, mesh: Mesh) -> Runtime:
+    """What the model attends with, as a run builds it."""
+    if mesh.sizes.cp == 1:
+        return parallel.context.build()
+    return parallel.context.build(Axis(group=mesh.context, device=mesh.device, multiple=mesh.sizes.tp))
+
+
 def probe(
-    cuts: list[dict[str, Any]], micro: int, kept: float | None = None, compiled: bool = False, tied: bool = False
+    cuts: list[dict[str, Any]],
+    micro: int,
+    kept: float | None = None,
+    compiled: bool = False,
+    tied: bool = False,
+    packed: bool = True,
 ) -> list[dict[str, Any]]:
-    """On each cut of the weights: loss, gradients, norm, logits, and the weights after one step."""
+    """On each cut of weights and sequences: loss, gradients, norm, logits, and the weights after one step."""
     torch.set_default_dtype(torch.float64)
     world = dist.get_world_size()
     control = dist.new_group(backend="gloo")
     results = []
     for cut in cuts:
-        parallel = Parallel(**cut)
+        parallel = Parallel(**{**cut, "context": CONTEXTS[cut.get("context", "auto")]})
         mesh = Mesh(parallel.sizes(world), torch.device("cpu"), control)
+        context = runtime(parallel, mesh)
         with torch.device("meta"):
-            built = model(tied).build(VOCABULARY, Local())
+            built = model(tied).build(VOCABULARY, context)
         layers = list(built.layers)
         engine = Engine(
             built,
             layers,
             initial(built),
             mesh,
+            context=context,
             seed=3,
             kept=kept,
             compiled=compiled,
             gather=parallel.gathering(mesh.sizes),
         )
         optimizer = Adamw(rate=1e-2).build(engine.weights)
-        work = batches(mesh.index("dp"), mesh.sizes.dp, micro)
+        work = batches(mesh.index("dp"), mesh.sizes.dp, micro, packed)
         labels = torch.tensor(float(sum(batch.valid for batch in work)))
         dist.all_reduce(labels, group=mesh.dense.get_group("dp"))
         found: dict[str, Any] = {"start": {n: whole(w) for n, w in engine.weights.items()}}
         found["loss"] = engine.sum(engine.forward_backward(work, labels.item()))
         found["norm"] = engine.gradient_norm()
         found["gradients"] = {n: whole(w.grad) for n, w in engine.weights.items() if w.grad is not None}
-        found["logits"] = engine.evaluate(batches(0, 1, 1)[0], torch.tensor([3, 18]))
+        told = batches(0, 1, 3, packed)[0]
+        found["logits"] = engine.evaluate(told, torch.tensor([3, 18, 0]))
+        found["held out"] = engine.evaluate(told)
         optimizer.update(1e-2, torch.tensor(0.5))
         found["end"] = {n: whole(w) for n, w in engine.weights.items()}
         results.append(found)
@@ -156,6 +184,34 @@ def test_ranks_equal_one_rank(ranks: Any, one_rank: dict[str, Any], world: int, 
             same(found, one_rank)
 
 
+SPREAD: dict[int, list[dict[str, Any]]] = {
+    2: [{"cp": 2, "context": name} for name in CONTEXTS],
+    4: [
+        *({"cp": 4, "context": name} for name in ("grid", "ring", "token_ring")),
+        {"cp": 2, "tp": 2, "context": "ulysses"},
+        {"cp": 2, "tp": 2, "context": "gather", "shard": 1},
+        {"cp": 2, "shard": 2, "context": "token_ring"},
+    ],
+}
+
+
+@pytest.mark.parametrize(("world", "packed"), [(2, True), (2, False), (4, True)], ids=["2", "2 rows", "4"])
+def test_cut_sequences_equal_whole_ones(ranks: Any, one_rank: dict[str, Any], world: int, packed: bool) -> None:
+    """Under windows, sinks, softcap and grouped heads; cp alone, and with tp or copies of the weights."""
+    expected = one_rank if packed else ranks(1, probe, cuts=[{}], micro=8, packed=False)[0][0]
+    for of_rank in ranks(world, probe, cuts=SPREAD[world], micro=3, packed=packed):
+        for cut, found in zip(SPREAD[world], of_rank, strict=True):
+            try:
+                same(found, expected)
+            except AssertionError as error:
+                raise AssertionError(f"{cut}: {error}") from error
+
+
+def test_recomputation_changes_nothing_across_ranks(ranks: Any, one_rank: dict[str, Any]) -> None:
+    for of_rank in ranks(2, probe, cuts=[{"cp": 2, "context": "ring"}], micro=3, kept=0.5):
+        same(of_rank[0], one_rank)
+
+
 def test_recomputation_changes_nothing(ranks: Any, one_rank: dict[str, Any]) -> None:
     same(ranks(1, probe, cuts=[{}], micro=2, kept=0.0)[0][0], one_rank)
 
@@ -168,7 +224,7 @@ def test_a_tied_head_is_spread_like_the_embedding(ranks: Any) -> None:
 
 
 @pytest.mark.laws
-@pytest.mark.parametrize("cut", [{"shard": 2}, {"tp": 2}], ids=["shard", "tp"])
+@pytest.mark.parametrize("cut", [{"shard": 2}, {"tp": 2}, {"cp": 2}], ids=["shard", "tp", "cp"])
 @pytest.mark.parametrize("kept", [None, 0.0, 0.5])
 def test_compilation_changes_nothing(
     ranks: Any, one_rank: dict[str, Any], kept: float | None, cut: dict[str, int]
@@ -177,7 +233,7 @@ def test_compilation_changes_nothing(
     same(ranks(2, probe, cuts=[cut], micro=3, kept=kept, compiled=True)[0][0], one_rank, 1e-6)
 
 
-def compilations(kept: float | None, tp: int) -> int:
+def compilations(kept: float | None, axes: dict[str, int]) -> int:
     """How many graphs ten equal layers are compiled into."""
     graphs = []
 
@@ -187,20 +243,23 @@ def compilations(kept: float | None, tp: int) -> int:
 
     compile = torch.compile
     torch.compile = lambda function: compile(function, backend=counting)  # type: ignore[assignment]
-    parallel = Parallel(tp=tp)
+    parallel = Parallel(**axes)
     mesh = Mesh(parallel.sizes(dist.get_world_size()), torch.device("cpu"), dist.new_group(backend="gloo"))
+    context = runtime(parallel, mesh)
     block = Block(repeat=10, mixer=Softmax(heads=2), ffn=Swiglu(hidden=36))
     with torch.device("meta"):
-        built = Decoder(width=16, vocabulary=VOCABULARY, blocks=(block,)).build(VOCABULARY, Local())
-    engine = Engine(built, list(built.layers), initial(built), mesh, seed=3, kept=kept, compiled=True)
+        built = Decoder(width=16, vocabulary=VOCABULARY, blocks=(block,)).build(VOCABULARY, context)
+    engine = Engine(built, list(built.layers), initial(built), mesh, context=context, seed=3, kept=kept, compiled=True)
     engine.forward_backward(batches(0, 1, 8), 1.0)
     return len(graphs)
 
 
-@pytest.mark.parametrize(("world", "kept"), [(1, None), (1, 0.5), (2, None), (2, 0.0)])
-def test_equal_layers_are_compiled_once(ranks: Any, world: int, kept: float | None) -> None:
+@pytest.mark.parametrize(
+    ("axes", "kept"), [({}, None), ({}, 0.5), ({"tp": 2}, None), ({"tp": 2}, 0.0), ({"cp": 2}, 0.5)]
+)
+def test_equal_layers_are_compiled_once(ranks: Any, axes: dict[str, int], kept: float | None) -> None:
     """torch gives up on a function after 8 compilations, and runs deeper layers as they are."""
-    assert ranks(world, compilations, kept=kept, tp=world)[0] == 1
+    assert ranks(2 if axes else 1, compilations, kept=kept, axes=axes)[0] == 1
 
 
 def test_a_step_of_scale_zero_changes_nothing() -> None:

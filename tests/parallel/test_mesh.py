@@ -47,8 +47,9 @@ def test_all_views_cover_the_same_ranks(world: int) -> None:
         (Parallel(dp=1, tp=2), 1, r"must be the 1 ranks of launch; launch.ranks=2 in all$"),
         (Parallel(shard=3), 4, r"parallel.shard=3: must divide dp·cp=4; try [24]"),
         (Parallel(dp=0), 4, r"parallel.dp=0: must be at least 1"),
-        (Parallel(cp=2), 4, r"parallel.cp=2: this version trains with cp=1 only"),
-        (Parallel(cp=2, ep=2), 4, r"parallel.cp=2.*\n.*parallel.ep=2"),
+        (Parallel(cp=4, tp=2), 4, r"cp=4 · tp=2 must be the 4 ranks of launch; launch.ranks=8 in all"),
+        (Parallel(pp=2), 4, r"parallel.pp=2: this version trains with pp=1 only; give the ranks to dp, cp or tp"),
+        (Parallel(pp=2, ep=2), 4, r"parallel.pp=2.*\n.*parallel.ep=2"),
     ],
 )
 def test_impossible_cuts_are_refused(parallel: Parallel, world: int, message: str) -> None:
@@ -59,6 +60,7 @@ def test_impossible_cuts_are_refused(parallel: Parallel, world: int, message: st
 def test_auto_takes_what_is_left() -> None:
     assert Parallel().sizes(4) == Sizes(pp=1, dp=4, cp=1, tp=1, ep=1, etp=1, shard=4)
     assert Parallel(dp=4, shard=2).sizes(4).replicate == 2
+    assert Parallel(cp=2).sizes(4) == Sizes(pp=1, dp=2, cp=2, tp=1, ep=1, etp=1, shard=4)
 
 
 def groups_of() -> dict[str, list[int]]:
@@ -68,6 +70,8 @@ def groups_of() -> dict[str, list[int]]:
     found = {axis: dist.get_process_group_ranks(view.get_group(axis)) for axis, view in named.items()}
     one = torch.ones(1) * mesh.rank
     dist.all_reduce(one, group=mesh.dense.get_group("tp"))
+    cut = Mesh(Sizes(pp=1, dp=1, cp=2, tp=2, ep=1, etp=1, shard=2), torch.device("cpu"), mesh.control)
+    found["cp"] = dist.get_process_group_ranks(cut.context.handle)
     return {**found, "sum": [int(one)], "index": [mesh.index("dp"), mesh.index("tp")]}
 
 
@@ -75,6 +79,7 @@ def test_groups_on_four_ranks(ranks: Any) -> None:
     found = ranks(4, groups_of)
     assert [f["tp"] for f in found] == [[0, 1], [0, 1], [2, 3], [2, 3]]
     assert [f["dp"] for f in found] == [[0, 2], [1, 3], [0, 2], [1, 3]]
+    assert [f["cp"] for f in found] == [[0, 2], [1, 3], [0, 2], [1, 3]], "next to each other but for tp"
     assert [f["ep"] for f in found] == [[0, 1], [0, 1], [2, 3], [2, 3]]
     assert [f["edp"] for f in found] == [[0, 2], [1, 3], [0, 2], [1, 3]]
     assert [f["sum"] for f in found] == [[1], [1], [5], [5]]

@@ -17,6 +17,8 @@ from farspan.models.mixers import Softmax
 from farspan.models.norm import Layer as LayerNorm
 from farspan.models.norm import Norm, Rms
 from farspan.parallel import recompute, tensor
+from farspan.parallel.context import Gather, Runtime
+from farspan.parallel.context.attention import Deal, Spread
 from farspan.parallel.context.local import Local
 from farspan.parallel.context.shard import Documents
 
@@ -32,10 +34,10 @@ LAYERS: dict[str, tuple[NormPlacement, Norm, Softmax | None, Ffn | None]] = {
 mm = torch.ops.aten.mm.default
 
 
-def build(name: str, device: str = "cpu") -> Layer:
+def build(name: str, device: str = "cpu", context: Runtime | None = None) -> Layer:
     placement, norm, mixer, ffn = LAYERS[name]
     with torch.device(device):
-        layer = Block(mixer=mixer, ffn=ffn).build(WIDTH, 2, norm, placement, Local())
+        layer = Block(mixer=mixer, ffn=ffn).build(WIDTH, 2, norm, placement, context or Local())
     with torch.no_grad():
         for path, weight in layer.named_parameters():
             initial(layer)[path].fill(weight, key(0, path), tuple(weight.shape), (0,) * weight.dim())
@@ -135,6 +137,19 @@ def test_what_no_backward_needs_is_not_kept() -> None:
     assert recompute.choose(peri, 1.0) == {(mm, i) for i in range(7)}
     least = WIDTH / (5 * WIDTH + 2 * 52)  # numbers a token: q, k, v, the mixer's out, the ffn's out; gate and up
     assert recompute.choose(peri, 1.01 * least) == {(mm, 6)}  # 52 products summed for a number; 24 for all others
+
+
+@pytest.mark.parametrize("keep", [None, 0.0, 0.5, 1.0])
+def test_attention_across_ranks_is_kept_like_that_of_one(keep: float | None) -> None:
+    """Its exchanges never run again, and the products that stay are the same."""
+    spread = Spread("nobody's", 0, 2, lambda _: Gather(), Deal("zigzag", "documents"), None)  # type: ignore[arg-type]
+    layer = build("pre", "meta", spread)
+    across = recompute.trace(layer, *layer.example(ROWS, LENGTH))
+    assert across.held(keep) == traced("pre").held(keep)
+    kept = recompute.choose(across, keep) if keep else frozenset()
+    attention = torch.ops.farspan.attend_spread.default
+    assert attention in {step.call[0] for step in across.steps}
+    assert attention not in {step.call[0] for step in across.again(kept)}
 
 
 def test_the_dial_bounds_the_bytes() -> None:

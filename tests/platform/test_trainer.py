@@ -14,6 +14,7 @@ from farspan.models.block import Block
 from farspan.models.decoder import Decoder
 from farspan.models.ffns import Swiglu
 from farspan.models.mixers import Softmax
+from farspan.parallel.context import Auto, Context, Gather, Grid, Ring, TokenRing, Ulysses
 from farspan.parallel.context.shard import Batch
 from farspan.parallel.fsdp import full
 from farspan.parallel.mesh import Mesh, Parallel
@@ -27,8 +28,26 @@ from farspan.platform.optim import Adamw
 from farspan.platform.schedule import Cosine
 from farspan.platform.trainer import Surroundings, Trainer
 
+CONTEXTS: dict[str, Context] = {
+    "auto": Auto(),
+    "gather": Gather(groups=2),
+    "grid": Grid(inner=2),
+    "ring": Ring(),
+    "token_ring": TokenRing(),
+    "ulysses": Ulysses(),
+}
 
-def job(corpus: str, steps: int, micro: int = 2, policy: Any = "stop", every: int = 4, tp: int = 1) -> Job:
+
+def job(
+    corpus: str,
+    steps: int,
+    micro: int = 2,
+    policy: Any = "stop",
+    every: int = 4,
+    tp: int = 1,
+    cp: int = 1,
+    context: str = "auto",
+) -> Job:
     block = Block(repeat=2, mixer=Softmax(heads=2), ffn=Swiglu(hidden=24))
     return Job(
         name="t",
@@ -44,7 +63,7 @@ def job(corpus: str, steps: int, micro: int = 2, policy: Any = "stop", every: in
         ),
         optim=Adamw(rate=1e-2),
         schedule=Cosine(warmup=2, steps=12),
-        parallel=Parallel(tp=tp),
+        parallel=Parallel(tp=tp, cp=cp, context=CONTEXTS[context]),
         checkpoint=Checkpoint(every=every),
         metrics=Metrics(every=2),
     )
@@ -112,9 +131,9 @@ def test_stopped_and_resumed_is_never_stopped_bit_for_bit(ranks: Any, corpus: Pa
     assert any(text.startswith("sample: def") for text in once["said"])
 
 
-def seen(folder: str, corpus: str, steps: int, micro: int, tp: int = 1) -> dict[str, Any]:
+def seen(folder: str, corpus: str, steps: int, micro: int, tp: int = 1, cp: int = 1) -> dict[str, Any]:
     """Trains to `steps` of 12, keeping the tokens of each step on this rank."""
-    session = Session(job(corpus, steps, micro, tp=tp), folder)
+    session = Session(job(corpus, steps, micro, tp=tp, cp=cp), folder)
     tokens: list[list[list[int]]] = []
     real = session.trainer.engine.forward_backward
 
@@ -126,38 +145,83 @@ def seen(folder: str, corpus: str, steps: int, micro: int, tp: int = 1) -> dict[
     return {**session.run(), "tokens": tokens}
 
 
-def test_resume_on_other_ranks_sees_the_same_batches(ranks: Any, corpus: Path, tmp_path: Path) -> None:
-    straight = ranks(1, seen, folder=str(tmp_path / "one"), corpus=str(corpus), steps=12, micro=4)[0]
-    folder = str(tmp_path / "many")
+@dataclasses.dataclass(frozen=True)
+class Straight:
+    """Twelve steps of one rank that nobody stopped."""
+
+    corpus: Path
+    folder: Path
+    told: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def straight(ranks: Any, write_corpus: Any, tmp_path_factory: pytest.TempPathFactory) -> Straight:
+    folder = tmp_path_factory.mktemp("straight")
+    corpus = write_corpus(folder)
+    told = ranks(1, seen, folder=str(folder / "one"), corpus=str(corpus), steps=12, micro=4)[0]
+    return Straight(corpus, folder / "one", told)
+
+
+def test_resume_on_other_ranks_sees_the_same_batches(ranks: Any, straight: Straight, tmp_path: Path) -> None:
+    folder, corpus = str(tmp_path), straight.corpus
     parts = [
         ranks(2, seen, folder=folder, corpus=str(corpus), steps=4, micro=1),
         ranks(4, seen, folder=folder, corpus=str(corpus), steps=8, micro=1),
         ranks(1, seen, folder=folder, corpus=str(corpus), steps=12, micro=3),
     ]
     steps = [[row for rank in part for row in rank["tokens"][i]] for part in parts for i in range(4)]
-    assert steps == straight["tokens"]
-    agree(straight, tmp_path / "one", parts[2][0], tmp_path / "many")
+    assert steps == straight.told["tokens"]
+    agree(straight, parts[2][0], tmp_path)
 
 
-def agree(straight: dict[str, Any], one: Path, told: dict[str, Any], many: Path) -> None:
+def agree(straight: Straight, told: dict[str, Any], folder: Path) -> None:
     """Losses, norms, held-out losses and final weights of two runs are the same, but for rounding."""
-    left, right = ({(line[0], line[1] is None): line for line in numbers(folder)} for folder in (one, many))
+    left, right = ({(line[0], line[1] is None): line for line in numbers(f)} for f in (straight.folder, folder))
     assert len(left.keys() & right.keys()) >= 12 + 2
     for key in left.keys() & right.keys():
         a, b = ([value for value in line[key] if value is not None] for line in (left, right))
         assert a == pytest.approx(b, rel=1e-4)
-    for name, weight in straight["weights"].items():
+    for name, weight in straight.told["weights"].items():
         torch.testing.assert_close(weight, told["weights"][name], rtol=1e-2, atol=2e-3)
 
 
-def test_resume_on_another_tp(ranks: Any, corpus: Path, tmp_path: Path) -> None:
+def test_resume_on_another_tp(ranks: Any, straight: Straight, tmp_path: Path) -> None:
     """A checkpoint is of whole weights: written by tp=2, read by tp=2 with dp=2, then by one rank."""
-    straight = ranks(1, seen, folder=str(tmp_path / "one"), corpus=str(corpus), steps=12, micro=4)[0]
-    many = {"folder": str(tmp_path / "many"), "corpus": str(corpus)}
+    many = {"folder": str(tmp_path), "corpus": str(straight.corpus)}
     first = ranks(2, seen, steps=4, micro=2, tp=2, **many)
-    assert first[0]["tokens"] == first[1]["tokens"] == straight["tokens"][:4], "ranks of tp read the same rows"
+    assert first[0]["tokens"] == first[1]["tokens"] == straight.told["tokens"][:4], "ranks of tp read the same rows"
     ranks(4, seen, steps=8, micro=1, tp=2, **many)
-    agree(straight, tmp_path / "one", ranks(1, seen, steps=12, micro=4, **many)[0], tmp_path / "many")
+    agree(straight, ranks(1, seen, steps=12, micro=4, **many)[0], tmp_path)
+
+
+def test_resume_on_another_cp(ranks: Any, straight: Straight, tmp_path: Path) -> None:
+    """Two ranks that cut sequences, then two that share rows out, then one."""
+    many = {"folder": str(tmp_path), "corpus": str(straight.corpus)}
+    first = ranks(2, seen, steps=4, micro=3, cp=2, **many)
+    assert first[0]["tokens"] == first[1]["tokens"] == straight.told["tokens"][:4], "ranks of cp read the same rows"
+    ranks(2, seen, steps=8, micro=1, **many)
+    agree(straight, ranks(1, seen, steps=12, micro=4, **many)[0], tmp_path)
+
+
+def curves(folder: str, corpus: str, cp: int, contexts: list[str]) -> list[str]:
+    """Trains three steps under each context schedule; what each wrote at the end."""
+    told = [Session(job(corpus, 3, cp=cp, context=name), f"{folder}/{name}").run()["said"] for name in contexts]
+    return [next(line for line in said if line.startswith("sample:")) for said in told]
+
+
+@pytest.mark.parametrize(
+    ("cp", "contexts"), [(2, list(CONTEXTS)), (4, ["grid", "token_ring", "ulysses"])], ids=["cp=2", "cp=4"]
+)
+def test_every_context_schedule_gives_one_ranks_curve(
+    ranks: Any, straight: Straight, tmp_path: Path, cp: int, contexts: list[str]
+) -> None:
+    """Losses, norms and held-out losses of the first steps; four ranks share two heads."""
+    written = ranks(cp, curves, folder=str(tmp_path), corpus=str(straight.corpus), cp=cp, contexts=contexts)[0]
+    assert len(set(written)) == 1
+    expected = [value for line in numbers(straight.folder) if line[0] <= 3 for value in line if value is not None]
+    for name in contexts:
+        found = [value for line in numbers(tmp_path / name) for value in line if value is not None]
+        assert found == pytest.approx(expected, rel=1e-5), name
 
 
 def poisoned(folder: str, corpus: str, policy: str) -> dict[str, Any]:
