@@ -19,6 +19,7 @@ from farspan.parallel.engine import Engine
 from farspan.parallel.mesh import Mesh
 from farspan.platform import checkpoint, evaluate
 from farspan.platform.checkpoint import Saver
+from farspan.platform.choices import Choices
 from farspan.platform.data.corpus import Language
 from farspan.platform.data.loader import Loader
 from farspan.platform.feed import Feed, Work
@@ -89,8 +90,7 @@ class Trainer:
         self.sound = torch.ones((), dtype=torch.bool, device=mesh.device)
         """Falls for good at the first step that is not finite, under the policy `stop`."""
         self.save_due = False
-        self.explained = False
-        """Whether it was said how attention spans the ranks."""
+        self.choices = Choices(around.folder, self.engine.context, mesh.control, self.say)
         self.micro_batch = min(job.train.micro_batch or job.train.batch, job.train.batch // mesh.sizes.dp)
         self.loader = Loader(
             self.corpus.train,
@@ -176,10 +176,7 @@ class Trainer:
         last = step == job.train.steps
         self.saver.poll()
         self.around.beat(step)
-        if not self.explained:
-            self.explained = True
-            for text in self.engine.context.explain().splitlines():
-                self.say(text)
+        self.choices.tell()
         self.save_due |= job.checkpoint.every is not None and step % job.checkpoint.every == 0
         evaluating = job.train.evaluate is not None and (last or step % job.train.evaluate.every == 0)
         if (last or evaluating or self.save_due or step % job.metrics.every == 0) and (broken := self._broken()):

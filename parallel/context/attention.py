@@ -6,6 +6,7 @@ its batch: nothing about either is looked up anywhere else, and recomputation an
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
@@ -64,7 +65,6 @@ class Spread:
 
     def __init__(
         self,
-        name: str,
         rank: int,
         ranks: int,
         spanning: Callable[[Call], Spanning],
@@ -76,10 +76,11 @@ class Spread:
 
         choices: what `spanning` has picked, where it is no foregone conclusion.
         """
-        self.name, self.rank, self.ranks, self.choices = name, rank, ranks, choices
+        self.name = f"context {next(_NUMBERS)}"
+        self.rank, self.ranks, self.choices = rank, ranks, choices
         self.spanning, self.deal, self.link = spanning, deal, link
         self.kernels = Kernels()
-        _RUNTIMES[name] = self
+        _RUNTIMES[self.name] = self
 
     def attend(
         self,
@@ -179,6 +180,7 @@ def _call(me: Me, q: Tensor, k: Tensor, v: Tensor, *, backward: bool) -> Call:
 
 _RUNTIMES: WeakValueDictionary[str, Spread] = WeakValueDictionary()
 """By name, since an operator takes no objects."""
+_NUMBERS = count()
 
 
 def _attend(

@@ -41,20 +41,23 @@ class Auto:
         deal = Gather().deal(axis)
         choice = Choice(machine("auto", axis.group, axis.device), deal)
         link = connect("auto", axis.group, axis.device)
-        name = f"{type(self).__name__} {axis.group.name}"
-        return Spread(name, axis.group.rank, axis.group.size, choice, deal, link, choice)
+        return Spread(axis.group.rank, axis.group.size, choice, deal, link, choice)
 
 
 def candidates(call: Call) -> Iterator[Pinned]:
-    """The schedules that can spread these heads, plain ones first."""
-    ranks = call.layout.ranks
+    """The schedules that can spread these heads, plain ones first.
+
+    Under a window rings are none of them: they carry everything past everyone, and a query sees only a halo of it.
+    """
+    ranks, narrow = call.layout.ranks, call.sight.window is not None
     yield Gather()
     yield from (Gather(groups=groups) for groups in (2, 4) if groups <= call.kv_heads)
-    yield Ring()
-    yield TokenRing()
+    if not narrow:
+        yield Ring()
+        yield TokenRing()
     yield from (Ulysses(groups=groups) for groups in (1, 2) if ranks * groups <= call.heads)
     for inner in (2, 4, 8):
-        for outer in (Gather(), Ring()):
+        for outer in (Gather(),) if narrow else (Gather(), Ring()):
             grid = Grid(inner=inner, outer=outer)
             if inner < ranks and not grid.problems(ranks, call.heads, call.kv_heads):
                 yield grid

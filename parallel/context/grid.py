@@ -35,6 +35,9 @@ class Grid(Pinned):
         for name, value in (("inner", self.inner), ("groups", self.groups)):
             if value < 1:
                 raise ValueError(f"{name}={value}: must be at least 1")
+        for name in ("layout", "carrier"):
+            if (value := getattr(self.outer, name)) != "auto":
+                raise ValueError(f"outer.{name}={value}: has no say there; set {name} of the grid instead")
 
     @property
     def within(self) -> int:
@@ -42,7 +45,8 @@ class Grid(Pinned):
 
     def problems(self, cp: int, heads: int, kv_heads: int) -> list[str]:
         if cp % self.inner:
-            return [f"inner={self.inner}: must divide parallel.cp={cp}"]
+            near = max(n for n in range(1, min(self.inner, cp) + 1) if cp % n == 0)
+            return [f"inner={self.inner}: must divide parallel.cp={cp}; try {near}"]
         part, key_part = heads // self.inner, kv_heads // self.inner
         even = heads % self.inner == 0 and (kv_heads % self.inner == 0 or self.inner % kv_heads == 0)
         if cp > self.inner and not even:

@@ -1,5 +1,7 @@
 """Attention within one rank: cp is 1, and every key is at hand."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -50,3 +52,10 @@ class Local:
     def explain(self) -> str:
         """What was picked and why: there is nothing to pick."""
         return ""
+
+    def chosen(self) -> dict[str, str]:
+        """What was picked."""
+        return {}
+
+    def replay(self, chosen: Mapping[str, str]) -> None:
+        """Picks what was picked before."""

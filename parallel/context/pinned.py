@@ -73,5 +73,4 @@ class Pinned(ABC):
         if axis is None or axis.group.size == 1:
             return Local()
         link = connect(self.carrier, axis.group, axis.device)
-        name = f"{type(self).__name__} {axis.group.name}"
-        return Spread(name, axis.group.rank, axis.group.size, lambda _: self, self.deal(axis), link)
+        return Spread(axis.group.rank, axis.group.size, lambda _: self, self.deal(axis), link)

@@ -239,7 +239,7 @@ def test_neither_recomputation_nor_a_late_rank_changes_a_bit(of_rank: list[dict[
 
 def one_of_two(rank: int = 0) -> Spread:
     """A rank that has nobody to talk to."""
-    return Spread(f"one of two {rank}", rank, 2, lambda _: Ring(), Deal("zigzag", "documents"), Mute())
+    return Spread(rank, 2, lambda _: Ring(), Deal("zigzag", "documents"), Mute())
 
 
 class Mute:
@@ -294,7 +294,7 @@ def test_a_rank_without_tokens_finds_nothing() -> None:
 
 def test_the_operator_keeps_torchs_contract() -> None:
     """Its schema, fake tensors and gradients agree: what compilation and recomputation rely on."""
-    runtime = Spread("one of one", 0, 1, lambda _: Ring(), Deal("zigzag", "documents"), Mute())
+    runtime = Spread(0, 1, lambda _: Ring(), Deal("zigzag", "documents"), Mute())
     table = torch.tensor(encode("zigzag", (6,), 1, 1))
     q, k = (torch.randn(1, 6, heads, 4, dtype=torch.float64, requires_grad=True) for heads in (4, 2))
     sinks = torch.randn(4, dtype=torch.float64, requires_grad=True)

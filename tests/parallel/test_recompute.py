@@ -142,7 +142,7 @@ def test_what_no_backward_needs_is_not_kept() -> None:
 @pytest.mark.parametrize("keep", [None, 0.0, 0.5, 1.0])
 def test_attention_across_ranks_is_kept_like_that_of_one(keep: float | None) -> None:
     """Its exchanges never run again, and the products that stay are the same."""
-    spread = Spread("nobody's", 0, 2, lambda _: Gather(), Deal("zigzag", "documents"), None)  # type: ignore[arg-type]
+    spread = Spread(0, 2, lambda _: Gather(), Deal("zigzag", "documents"), None)  # type: ignore[arg-type]
     layer = build("pre", "meta", spread)
     across = recompute.trace(layer, *layer.example(ROWS, LENGTH))
     assert across.held(keep) == traced("pre").held(keep)

@@ -1,0 +1,50 @@
+"""What `auto` picked while a run went on, kept in `RUN/choices.json` and made again when the run goes on elsewhere."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch.distributed as dist
+
+from farspan.parallel.context import Runtime
+from farspan.platform.checkpoint import replace
+
+FILE = "choices.json"
+
+
+class Choices:
+    """Rank 0 reads and writes them; every rank makes them."""
+
+    def __init__(self, folder: Path, context: Runtime, control: dist.ProcessGroup, say: Callable[[str], None]) -> None:
+        """All ranks of `control` call it together. What cannot be read is picked anew."""
+        self.path, self.context, self.say = folder / FILE, context, say
+        self.leads = dist.get_rank(control) == 0
+        self.said: set[str] = set()
+        kept = [_read(self.path) if self.leads else {}]
+        dist.broadcast_object_list(kept, group=control, group_src=0)
+        self.kept: dict[str, str] = kept[0]
+        context.replay(self.kept)
+
+    def tell(self) -> None:
+        """Says and writes what was picked since the last time."""
+        chosen = self.context.chosen()
+        if len(chosen) == len(self.said):
+            return
+        for line, what in zip(self.context.explain().splitlines(), chosen, strict=True):
+            if what not in self.said:
+                self.say(line)
+                self.said.add(what)
+        if self.leads and not chosen.items() <= self.kept.items():
+            self.kept |= chosen
+            try:
+                replace(self.path, json.dumps({"context": self.kept}, indent=1) + "\n")
+            except OSError as error:
+                self.say(f"warning: {self.path} could not be written ({error}); a resumed run will pick anew")
+
+
+def _read(path: Path) -> dict[str, str]:
+    try:
+        kept = json.loads(path.read_text())["context"]
+        return {str(what): str(picked) for what, picked in kept.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
