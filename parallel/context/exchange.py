@@ -205,6 +205,11 @@ def loopback(schedules: Sequence[Schedule[T]], device: torch.device) -> tuple[li
     return [results[rank] for rank in range(len(schedules))], link.sent
 
 
+def aligned(size: int) -> int:
+    """Bytes, rounded up to ALIGNMENT."""
+    return size + -size % ALIGNMENT
+
+
 def as_bytes(tensor: Tensor) -> Tensor:
     """A contiguous tensor as uint8 [bytes], sharing its memory."""
     assert tensor.is_contiguous(), "what is taken lands in contiguous memory"
@@ -242,8 +247,7 @@ class Sections:
         out, at = [], 0
         for packing in self.packings:
             out.append((at + stretch[0] * packing.row, at + stretch[1] * packing.row))
-            at += rows * packing.row
-            at += -at % ALIGNMENT
+            at = aligned(at + rows * packing.row)
         return out
 
     def parts(self, room: Tensor, rows: int) -> list[Tensor]:

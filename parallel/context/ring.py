@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from farspan.parallel.context.exchange import ALIGNMENT, Give, Packing, Post, Room, Schedule, Take, Wait
+from farspan.parallel.context.exchange import Give, Packing, Post, Room, Schedule, Take, Wait, aligned
 from farspan.parallel.context.layout import Layout, Piece, Span, placed
 from farspan.parallel.context.pinned import Pinned
 from farspan.parallel.context.sight import Pieces
@@ -54,7 +54,7 @@ class _Cargo:
         self.me, self.lanes = me, lanes(me.layout, q.shape[1], k.shape[1])
         self.packings = [Packing(k[:, lane.heads[1]], v[:, lane.heads[1]]) for lane in self.lanes]
         sizes = [max(self._size(i, rank) for rank in range(me.ranks)) for i in range(len(self.lanes))]
-        self.most = sum(size + -size % ALIGNMENT for size in sizes)
+        self.most = sum(aligned(size) for size in sizes)
 
     def owner(self, i: int, rank: int, step: int) -> int:
         return (rank - self.lanes[i].way * step) % self.me.ranks
@@ -68,7 +68,7 @@ class _Cargo:
         for i in range(len(self.lanes)):
             size = self._size(i, self.owner(i, rank, step))
             out.append((at, at + size))
-            at += size + -size % ALIGNMENT
+            at += aligned(size)
         return out
 
     def room(self, step: int) -> Room:

@@ -89,7 +89,7 @@ class Sight:
         return max(low, key.start), min(row.stop, key.stop)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=512)  # lists keep small tensors on the device, and packed batches never come twice
 def _tiles(sight: Sight, queries: Pieces, keys: Pieces) -> tuple[Tiles, ...]:
     return sight._lists(queries, keys)
 
@@ -140,7 +140,7 @@ class Part:
     """Place in the buffer."""
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)
 def imports(sight: Sight, layout: Layout, rank: int, whole: bool) -> tuple[Pieces, tuple[Part, ...]]:
     """What a rank gathers: the pieces of its buffer in the order of documents, and whose they are.
 

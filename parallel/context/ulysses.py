@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from farspan.parallel.context.exchange import Give, Post, Room, Schedule, Sections, Take, Wait, renumbered
+from farspan.parallel.context.exchange import Give, Post, Room, Schedule, Sections, Take, Wait, aligned, renumbered
 from farspan.parallel.context.layout import Kind
 from farspan.parallel.context.pinned import Pinned
 from farspan.parallel.context.sight import Pieces
@@ -113,9 +113,9 @@ class _Swap:
         """Sends every rank its heads of this rank's tokens; a ticket, and where those of all tokens arrive."""
         sections = [Sections(*cut(place)) for place in range(len(self.ranks))]
         rows, mine = self.held[self.place], sections[self.place]
-        bases = [list(accumulate((s.size(held) for s in sections), initial=0)) for held in self.held]
+        bases = [list(accumulate((aligned(s.size(held)) for s in sections), initial=0)) for held in self.held]
         base = bases[self.place]
-        room: Tensor = yield Room(base[-1], sum(s.size(self.most[0]) for s in sections))
+        room: Tensor = yield Room(base[-1], sum(aligned(s.size(self.most[0])) for s in sections))
         for place, start in enumerate(base[:-1]):
             for part, group in zip(sections[place].parts(room[start:], rows), cut(place), strict=True):
                 self.kernels.pack(part, *(tensor[:rows] for tensor in group))

@@ -295,8 +295,10 @@ def test_schedules_without_parts_are_refused(make: Callable[[], Pinned], way_out
 
 
 def test_a_grid_says_what_it_cannot_deal_out() -> None:
-    assert Grid(inner=3).problems(8, 12, 3) == ["inner=3: must divide parallel.cp=8"]
+    assert Grid(inner=3).problems(8, 12, 3) == ["inner=3: must divide parallel.cp=8; try 2"]
     assert Grid(inner=2).problems(8, 12, 3)[0].startswith("inner=2: 12 heads with 3 for keys cannot be dealt out")
     assert Grid(inner=2, groups=3).problems(8, 8, 4) == ["groups=3: must divide the 2 heads of each rank; try 1"]
     assert not Grid(inner=2, groups=2).problems(8, 8, 4)
+    with pytest.raises(ValueError, match=r"outer\.layout=zigzag: has no say there; set layout of the grid"):
+        Grid(inner=2, outer=Ring(layout="zigzag"))
     assert not Grid(inner=8).problems(8, 12, 3), "one group is an exchange of heads, which takes any"
