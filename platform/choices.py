@@ -19,7 +19,7 @@ class Choices:
         """All ranks of `control` call it together. What cannot be read is picked anew."""
         self.path, self.context, self.say = folder / FILE, context, say
         self.leads = dist.get_rank(control) == 0
-        self.said: set[str] = set()
+        self.said = 0
         kept = [_read(self.path) if self.leads else {}]
         dist.broadcast_object_list(kept, group=control, group_src=0)
         self.kept: dict[str, str] = kept[0]
@@ -27,13 +27,12 @@ class Choices:
 
     def tell(self) -> None:
         """Says and writes what was picked since the last time."""
-        chosen = self.context.chosen()
-        if len(chosen) == len(self.said):
+        lines = self.context.explain().splitlines()
+        if len(lines) == self.said:
             return
-        for line, what in zip(self.context.explain().splitlines(), chosen, strict=True):
-            if what not in self.said:
-                self.say(line)
-                self.said.add(what)
+        for line in lines[self.said :]:
+            self.say(line)
+        self.said, chosen = len(lines), self.context.chosen()
         if self.leads and not chosen.items() <= self.kept.items():
             self.kept |= chosen
             try:

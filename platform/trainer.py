@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from farspan.models.decoder import initial
+from farspan.parallel.comm import Group
 from farspan.parallel.context import Axis, Runtime
 from farspan.parallel.engine import Engine
 from farspan.parallel.mesh import Mesh
@@ -340,8 +341,14 @@ class Trainer:
         mesh, context = self.mesh, self.job.parallel.context
         if mesh.sizes.cp == 1:
             return context.build()
-        windowed = self.job.model.windowed
-        return context.build(Axis(group=mesh.context, device=mesh.device, multiple=mesh.sizes.tp, windowed=windowed))
+        axis = Axis(
+            group=mesh.context,
+            device=mesh.device,
+            multiple=mesh.sizes.tp,
+            windowed=self.job.model.windowed,
+            run=Group(mesh.control),
+        )
+        return context.build(axis)
 
     def _engine(self) -> tuple[Engine, Callable[[tuple[int, ...]], float]]:
         job = self.job

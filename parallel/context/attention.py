@@ -201,7 +201,7 @@ def _attend(
         sink = sinks.to(lse.dtype)[:, None]
         out = (out * torch.sigmoid(lse - sink).T[..., None]).to(q.dtype)
         lse = torch.logaddexp(lse, sink)
-    return out.view(*q.shape[:-1], v.shape[-1]), lse
+    return out.contiguous().view(*q.shape[:-1], v.shape[-1]), lse.contiguous()  # compiled code counts on it
 
 
 def _attend_backward(
@@ -227,7 +227,7 @@ def _attend_backward(
     if sinks is not None:  # one more key of value zero: its probability times (0 - delta), summed over tokens
         shift = -(dout.flatten(0, 1).to(lse.dtype) * out.flatten(0, 1)).sum(-1).T
         dsinks = (torch.exp(sinks.to(lse.dtype)[:, None] - lse) * shift).sum(1).to(sinks.dtype)
-    return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape), dsinks
+    return dq.contiguous().view(q.shape), dk.contiguous().view(k.shape), dv.contiguous().view(v.shape), dsinks
 
 
 def _attend_fake(q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor]:

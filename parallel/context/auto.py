@@ -22,6 +22,8 @@ from farspan.parallel.context.ulysses import Ulysses
 
 ALIKE = 1.02
 """Predictions no further apart are no reason to hold more memory."""
+CIRCLE = 16
+"""Ranks that a ring is thought of for."""
 CROWD = 8
 """More documents than this for each rank are predicted as so many."""
 
@@ -39,7 +41,7 @@ class Auto:
         if axis is None or axis.group.size == 1:
             return Local()
         deal = Gather().deal(axis)
-        choice = Choice(machine("auto", axis.group, axis.device), deal)
+        choice = Choice(machine("auto", axis.group, axis.device, axis.run or axis.group), deal)
         link = connect("auto", axis.group, axis.device)
         return Spread(axis.group.rank, axis.group.size, choice, deal, link, choice)
 
@@ -47,9 +49,11 @@ class Auto:
 def candidates(call: Call) -> Iterator[Pinned]:
     """The schedules that can spread these heads, plain ones first.
 
-    Under a window rings are none of them: they carry everything past everyone, and a query sees only a halo of it.
+    Under a window rings are none of them: they carry everything past everyone, and a query sees only a halo of it. Nor
+    are they over more than CIRCLE ranks: to predict so many steps takes longer than they could ever save.
     """
-    ranks, narrow = call.layout.ranks, call.sight.window is not None
+    ranks = call.layout.ranks
+    narrow = call.sight.window is not None or ranks > CIRCLE
     yield Gather()
     yield from (Gather(groups=groups) for groups in (2, 4) if groups <= call.kv_heads)
     if not narrow:
@@ -98,12 +102,13 @@ class Choice:
         self.replayed = dict(chosen)
 
     def _rank(self, call: Call) -> Ranked:
-        found = [(spanning, simulate(spanning, call, self.machine)) for spanning in self.offered(call)]
+        before = self.replayed.get(_kind(call))
+        offered = list(self.offered(call))
+        offered = [spanning for spanning in offered if describe(spanning) == before] or offered
+        found = [(spanning, simulate(spanning, call, self.machine)) for spanning in offered]
         found.sort(key=lambda each: each[1].seconds)  # stable: of equals, the plainer
         limit = found[0][1].seconds * ALIKE
         taken, _ = min((each for each in found if each[1].seconds <= limit), key=lambda each: each[1].peak)
-        before = self.replayed.get(_kind(call))
-        taken = next((spanning for spanning, _ in found if describe(spanning) == before), taken)
         return Ranked(taken, tuple(found))
 
     def _typical(self, of: Layout) -> Layout:
@@ -126,13 +131,17 @@ def _whole(tokens: int) -> int:
 
 def _kind(call: Call) -> str:
     """A kind of attention in words."""
-    mask = "causal" if call.sight.causal else "both ways"
-    window = f", window {call.sight.window}" if call.sight.window else ""
+    sight = call.sight
+    mask = "causal" if sight.causal else "both ways"
+    given = (("window", sight.window), ("scale", sight.scale), ("softcap", sight.softcap))
+    rest = "".join(f", {name} {value}" for name, value in given if value is not None)
+    width = f"{call.width}" if call.width == call.value_width else f"{call.width} and {call.value_width}"
+    pieces, dtype = sum(map(len, call.layout.pieces)), str(call.dtype).removeprefix("torch.")
     count, way = len(call.layout.lengths), "backward" if call.backward else "forward"
     documents = f" in {count} documents of {call.layout.lengths[0]}" if count > 1 else ""
     return (
         f"{way} of {call.layout.ranks} x {call.layout.tokens} tokens{documents}, "
-        f"{call.heads}:{call.kv_heads} heads of {call.width}, {mask}{window}"
+        f"{pieces} pieces, {call.heads}:{call.kv_heads} heads of {width}, {mask}{rest}, {dtype}"
     )
 
 

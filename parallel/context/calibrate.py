@@ -59,19 +59,20 @@ def probe_for(device: torch.device) -> Probe:
     return Probe(torch.float32, 4, 2, 16, (32, 96, 256), (1 << 12, 1 << 16, 1 << 19), 3, 1)
 
 
-def machine(carrier: Carrier, group: Group, device: torch.device) -> Machine:
-    """This machine as all ranks of `group` agree on it: read from a file of rank 0, or measured by all together.
+def machine(carrier: Carrier, group: Group, device: torch.device, run: Group) -> Machine:
+    """This machine as all ranks of `run` agree on it: read from a file of rank 0, or measured by all together.
 
-    The slowest rank counts. What was measured is kept in $XDG_CACHE_HOME or ~/.cache, where that can be written.
+    `group` is what a link joins: `run` may hold several, which measure at once, as they will train. The slowest rank
+    counts. What was measured is kept in $XDG_CACHE_HOME or ~/.cache, where that can be written.
     """
     link = connect(carrier, group, device)
     hosts = _agreed(socket.gethostname(), group)
     file = _file(link, group, device, len(set(hosts)))
-    kept = _agreed(_read(file) if group.rank == 0 else None, group)[0]
+    kept = _agreed(_read(file) if run.rank == 0 else None, run)[0]
     if kept is None:
-        measured = _agreed(_measure(link, group, device, _node(hosts)), group)
+        measured = _agreed(_measure(link, group, device, _node(hosts)), run)
         kept = _slowest(measured)
-        if group.rank == 0:
+        if run.rank == 0:
             _write(file, kept)
     return _machine(kept)
 
@@ -90,16 +91,22 @@ def _node(hosts: Sequence[str]) -> int:
     return first if even and len(set(hosts)) == len(blocks) else 1
 
 
-def _file(link: Link, group: Group, device: torch.device, nodes: int) -> Path:
+def _file(link: Link, group: Group, device: torch.device, nodes: int) -> Path | None:
+    """Where the figures are kept; None where there is no home for them."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     ranks = f"{group.size}" if nodes == 1 else f"{group.size}on{nodes}"
     parts = "context", name, ranks, type(link).__name__.lower(), torch.__version__
-    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    except RuntimeError:
+        return None
     return home / "farspan" / (re.sub(r"[^A-Za-z0-9.+-]+", "_", "-".join(parts)) + ".json")
 
 
-def _read(file: Path) -> dict[str, Any] | None:
+def _read(file: Path | None) -> dict[str, Any] | None:
     """What is kept, if it can be read: a damaged file is measured again."""
+    if file is None:
+        return None
     try:
         kept: dict[str, Any] = json.loads(file.read_text())
         if kept.get("version") == VERSION:
@@ -110,7 +117,9 @@ def _read(file: Path) -> dict[str, Any] | None:
     return None
 
 
-def _write(file: Path, kept: dict[str, Any]) -> None:
+def _write(file: Path | None, kept: dict[str, Any]) -> None:
+    if file is None:
+        return
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=file.name, delete=False) as draft:
@@ -121,18 +130,32 @@ def _write(file: Path, kept: dict[str, Any]) -> None:
 
 
 def _machine(kept: dict[str, Any]) -> Machine:
-    """The machine that `asdict` took apart."""
+    """The machine that `asdict` took apart. ValueError, TypeError, KeyError: these are not the figures of one."""
 
     def curve(found: dict[str, Any]) -> Curve:
         return Curve(tuple((float(amount), float(seconds)) for amount, seconds in found["points"]))
 
     def wire(found: dict[str, Any]) -> Wire:
+        if not float(found["port"]) > 0:
+            raise ValueError(f"port={found['port']}: must be positive")
         return Wire(curve(found["pair"]), float(found["port"]))
 
-    rest = {name: kept[name] for name in ("node", "post", "pulls", "in_order", "contention")}
     full, edge = ((curve(kept[name][0]), curve(kept[name][1])) for name in ("full", "edge"))
-    far = None if kept["far"] is None else wire(kept["far"])
-    return Machine(full=full, edge=edge, memory=curve(kept["memory"]), near=wire(kept["near"]), far=far, **rest)
+    node, contention = kept["node"], float(kept["contention"])
+    if not (node is None or (isinstance(node, int) and node > 0)) or not contention >= 1:
+        raise ValueError(f"node={node}, contention={contention}: a whole number or none, and at least 1")
+    return Machine(
+        full=full,
+        edge=edge,
+        memory=curve(kept["memory"]),
+        near=wire(kept["near"]),
+        far=None if kept["far"] is None else wire(kept["far"]),
+        node=node,
+        post=float(kept["post"]),
+        pulls=bool(kept["pulls"]),
+        in_order=bool(kept["in_order"]),
+        contention=contention,
+    )
 
 
 def _slowest(measured: Sequence[dict[str, Any]]) -> dict[str, Any]:

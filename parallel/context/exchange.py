@@ -127,7 +127,7 @@ class Loopback:
         slots = self.slots[rank]
         if len(slots) == SLOTS:
             old, last = slots[0]
-            if min(len(posts) for posts in self.posts) <= last:
+            if min(len(posts) for posts in self.posts) <= last + 1:
                 return None
             slots.pop(0)
             old.fill_(255)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from farspan.parallel.context.exchange import Give, Packing, Post, Room, Schedule, Take, Wait
 from farspan.parallel.context.pinned import Pinned
-from farspan.parallel.context.sight import Part, Pieces, imports
+from farspan.parallel.context.sight import Part, Pieces, exports, imports
 from farspan.parallel.context.sums import ALL, Grads, Me, Saved, Sum, Whole, attend_back, halves
 
 
@@ -132,10 +132,9 @@ class _Fetch:
     def _imports(self, rank: int) -> tuple[Pieces, tuple[Part, ...]]:
         return imports(self.me.sight, self.me.layout, rank, self.whole)
 
-    def _exports(self) -> list[tuple[int, Part]]:
+    def _exports(self) -> tuple[tuple[int, Part], ...]:
         """What every rank, this one under a window, has of this rank's keys."""
-        ranks = range(self.me.ranks)
-        return [(rank, part) for rank in ranks for part in self._imports(rank)[1] if part.owner == self.me.rank]
+        return exports(self.me.sight, self.me.layout, self.me.rank, self.whole)
 
 
 def _rows(parts: tuple[Part, ...]) -> int:

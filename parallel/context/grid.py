@@ -48,9 +48,10 @@ class Grid(Pinned):
             near = max(n for n in range(1, min(self.inner, cp) + 1) if cp % n == 0)
             return [f"inner={self.inner}: must divide parallel.cp={cp}; try {near}"]
         part, key_part = heads // self.inner, kv_heads // self.inner
-        even = heads % self.inner == 0 and (kv_heads % self.inner == 0 or self.inner % kv_heads == 0)
-        if cp > self.inner and not even:
-            return [f"inner={self.inner}: {heads} heads with {kv_heads} for keys cannot be dealt out evenly; try 2"]
+        if cp > self.inner and not _even(self.inner, heads, kv_heads):
+            fit = [n for n in range(2, cp) if cp % n == 0 and _even(n, heads, kv_heads)]
+            way_out = f"try {fit[-1]}" if fit else "take kind: ulysses or gather, which deal out any"
+            return [f"inner={self.inner}: {heads} heads with {kv_heads} for keys cannot be dealt out evenly; {way_out}"]
         if cp > self.inner and (key_part or part) % self.groups:
             return [f"groups={self.groups}: must divide the {key_part or part} heads of each rank; try 1"]
         return []
@@ -63,3 +64,7 @@ class Grid(Pinned):
 
     def _swapping(self, me: Me) -> Swapping:
         return Swapping(self.inner, self.outer if me.ranks > self.inner else Alone(), self.groups)
+
+
+def _even(inner: int, heads: int, kv_heads: int) -> bool:
+    return heads % inner == 0 and (kv_heads % inner == 0 or inner % kv_heads == 0)

@@ -82,7 +82,7 @@ class Layout:
 
     def held(self, rank: int) -> int:
         """How many tokens a rank holds, padding not counted."""
-        return sum(piece.length for piece in self.pieces[rank])
+        return self.pieces[rank][-1].end if self.pieces[rank] else 0
 
     @cached_property
     def starts(self) -> tuple[int, ...]:

@@ -21,6 +21,8 @@ def connect(carrier: Carrier, group: Group, device: torch.device) -> Link:
     Errors: ValueError for `symmetric` where some GPU cannot reach another's memory.
     """
     if carrier == "pairs" or (carrier == "auto" and device.type != "cuda"):
+        # A group's first call must be everyone's, and the first messages may be between some ranks only.
+        dist.barrier(group=group.handle, device_ids=[device.index or 0] if device.type == "cuda" else None)
         return Pairs(group.handle, device)
     if why := _out_of_reach(group, device):
         if carrier == "symmetric":
@@ -124,6 +126,8 @@ class Symmetric:
             self.arenas.append(Arena(1 << (asked.most - 1).bit_length(), self.group, self.device))
         arena = self.arenas[-1]
         slot = next(arena.rooms) % SLOTS
+        if 0 <= arena.last[slot] == self.number - 1:
+            raise RuntimeError("context: a schedule asks for more rooms than it posts; post one before the next")
         if behind := self.passed.get(arena.last[slot] + 1):
             torch.cuda.current_stream(self.device).wait_event(behind)
         return arena.memory[slot * arena.capacity : slot * arena.capacity + asked.size]

@@ -26,6 +26,8 @@ class Axis:
     """Every rank's tokens are a multiple of this: tp cuts them further."""
     windowed: bool = False
     """Most layers see a window only."""
+    run: Group | None = None
+    """All ranks of the run, which must choose alike; None: `group` is all."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ of its tokens. In the backward each rank sends what it found for an owner direct
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 from torch import Tensor
@@ -26,9 +27,20 @@ class Lane(NamedTuple):
 
     def pieces(self, layout: Layout, rank: int) -> Pieces:
         """What of a rank's pieces is in the lane, placed anew."""
-        start, stop = self.tokens.start or 0, self.tokens.stop
-        spans = [_inside(piece, start, piece.end if stop is None else stop) for piece in layout.pieces[rank]]
-        return placed(span for span in spans if span.length > 0)
+        if self.tokens == ALL:
+            return layout.pieces[rank]
+        return _within(layout, rank, self.tokens.start, self.tokens.stop)
+
+
+@lru_cache(maxsize=1024)
+def _within(layout: Layout, rank: int, start: int, stop: int | None) -> Pieces:
+    """The pieces of a rank between two of its tokens, placed anew."""
+    spans = [_inside(piece, start, piece.end if stop is None else stop) for piece in layout.pieces[rank]]
+    return placed(span for span in spans if span.length > 0)
+
+
+def _length(pieces: Pieces) -> int:
+    return pieces[-1].end if pieces else 0
 
 
 def _inside(piece: Piece, start: int, stop: int) -> Span:
@@ -111,7 +123,7 @@ class _Cargo:
                 total.add(part, slice(start, start + part.shape[0]), lane.heads[1])
 
     def _size(self, i: int, rank: int) -> int:
-        return sum(piece.length for piece in self.lanes[i].pieces(self.me.layout, rank)) * self.packings[i].row
+        return _length(self.lanes[i].pieces(self.me.layout, rank)) * self.packings[i].row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +178,7 @@ class Ring(Pinned):
     def _publish(self, ring: _Cargo, k: Tensor, v: Tensor) -> Schedule[Tensor]:
         room: Tensor = yield ring.room(0)
         own = [(k[lane.tokens, lane.heads[1]], v[lane.tokens, lane.heads[1]]) for lane in ring.lanes]
-        rows = [sum(piece.length for piece in ring.pieces(i, 0)) for i in range(len(own))]
+        rows = [_length(ring.pieces(i, 0)) for i in range(len(own))]
         ring.pack(room, 0, [(a[:n], b[:n]) for (a, b), n in zip(own, rows, strict=True)])
         return room
 

@@ -151,8 +151,9 @@ def imports(sight: Sight, layout: Layout, rank: int, whole: bool) -> tuple[Piece
     for owner, keys in enumerate(layout.pieces):
         if owner == rank and not whole:
             continue
+        parts_of = dict(runs(keys))
         for span in sight.wanted(queries, keys):
-            key = next(p for p in keys if p.document == span.document and p.start <= span.start < p.stop)
+            key = next(p for p in parts_of[span.document] if p.start <= span.start < p.stop)
             owned.append((span, owner, key.at + span.start - key.start))
     owned.sort()
     at, parts = 0, []
@@ -160,3 +161,10 @@ def imports(sight: Sight, layout: Layout, rank: int, whole: bool) -> tuple[Piece
         parts.append(Part(owner, source, span.length, at))
         at += span.length
     return placed(span for span, _, _ in owned), tuple(parts)
+
+
+@lru_cache(maxsize=1024)
+def exports(sight: Sight, layout: Layout, owner: int, whole: bool) -> tuple[tuple[int, Part], ...]:
+    """What every rank gathers of an owner's keys, in the order of ranks."""
+    ranks = range(layout.ranks)
+    return tuple((r, part) for r in ranks for part in imports(sight, layout, r, whole)[1] if part.owner == owner)

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from farspan.parallel.context.exchange import Give, Post, Room, Schedule, Sections, Take, Wait, aligned, renumbered
-from farspan.parallel.context.layout import Kind
+from farspan.parallel.context.layout import Kind, Layout, runs
 from farspan.parallel.context.pinned import Pinned
-from farspan.parallel.context.sight import Pieces
 from farspan.parallel.context.sums import Grads, Me, Saved, Spanning, Sum, Whole, attend_back, sums_of
 
 
@@ -102,7 +101,7 @@ class _Swap:
         self.ranks = range(outer * inner, (outer + 1) * inner)
         joined = me.layout.joined(inner)
         self.tokens = joined.held(outer)
-        self.stretches = [_stretches(me.layout.pieces[rank], joined.pieces[outer]) for rank in self.ranks]
+        self.stretches = [_stretches(me.layout, inner, rank) for rank in self.ranks]
         self.held = [me.layout.held(rank) for rank in self.ranks]
         self.outer = Me(outer, joined, me.sight, me.kernels)
         self.peers = range(self.place, me.ranks, inner)
@@ -172,11 +171,13 @@ class _Stretch(NamedTuple):
     """And among all tokens."""
 
 
-def _stretches(pieces: Pieces, among: Pieces) -> list[_Stretch]:
+@lru_cache(maxsize=1024)
+def _stretches(layout: Layout, inner: int, rank: int) -> list[_Stretch]:
     """Where a rank's pieces are among those of its group."""
+    among = dict(runs(layout.joined(inner).pieces[rank // inner]))
     out: list[_Stretch] = []
-    for piece in pieces:
-        around = next(p for p in among if p.document == piece.document and p.start <= piece.start < p.stop)
+    for piece in layout.pieces[rank]:
+        around = next(p for p in among[piece.document] if p.start <= piece.start < p.stop)
         place = around.at + piece.start - around.start
         if out and out[-1].there[1] == place:
             here, there = out.pop()
@@ -241,7 +242,7 @@ class Swapping:
                 out[: part.shape[0], groups[i].queries] = part
                 lse[groups[i].queries, : part.shape[0]] = part_lse.T
 
-        yield from self._pipeline(swap, going, attend, coming, collect)
+        yield from self._pipeline(swap, len(dealt[0]), going, attend, coming, collect)
         return out, lse
 
     def backward(self, me: Me, saved: Saved) -> Schedule[Grads]:
@@ -287,15 +288,17 @@ class Swapping:
                     grads[1].add(dk, rows, heads)
                     grads[2].add(dv, rows, heads)
 
-        yield from self._pipeline(swap, going, attend, coming, collect)
+        yield from self._pipeline(swap, len(dealt[0]), going, attend, coming, collect)
         return grads[0].result(), grads[1].result(), grads[2].result()
 
     def _deal(self, me: Me, q: Tensor, k: Tensor) -> tuple[tuple[Group, ...], ...]:
-        return deal(q.shape[1], k.shape[1], self.inner, self.groups)
+        most = -(-q.shape[1] // self.inner)  # heads of a rank: no use in more groups
+        return deal(q.shape[1], k.shape[1], self.inner, min(self.groups, most))
 
     def _pipeline(
         self,
         swap: _Swap,
+        groups: int,
         going: Callable[[int, int], list[list[Tensor]]],
         attend: Callable[[int, list[Tensor]], Schedule[list[list[Tensor]]]],
         coming: Callable[[int, int], list[list[Tensor]]],
@@ -304,9 +307,9 @@ class Swapping:
         """Group i + 1 arrives while group i computes, and group i - 1 returns."""
         ahead = yield from swap.go(partial(going, 0))
         returning: list[tuple[int, list[list[Tensor]]]] = []
-        for i in range(self.groups):
+        for i in range(groups):
             ticket, arrived = ahead
-            if i + 1 < self.groups:
+            if i + 1 < groups:
                 ahead = yield from swap.go(partial(going, i + 1))
             yield Wait(ticket)
             found = yield from attend(i, arrived)
@@ -315,7 +318,7 @@ class Swapping:
                 yield Wait(returning[i - 1][0])
                 collect(i - 1, returning[i - 1][1])
         yield Wait(returning[-1][0])
-        collect(self.groups - 1, returning[-1][1])
+        collect(groups - 1, returning[-1][1])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,11 +13,13 @@ from torch.utils.checkpoint import checkpoint
 from farspan.parallel.comm import Group
 from farspan.parallel.context import Axis, Gather, Grid, Ring, Runtime, TokenRing, Ulysses
 from farspan.parallel.context.attention import Deal, Spread
-from farspan.parallel.context.exchange import Link, Post, Room
+from farspan.parallel.context.exchange import Link, Post, Room, Schedule
 from farspan.parallel.context.layout import Layout, decode, encode
 from farspan.parallel.context.local import Local
 from farspan.parallel.context.pinned import Pinned
 from farspan.parallel.context.shard import IGNORE, Batch, Documents
+from farspan.parallel.context.sums import Grads, Me, Saved
+from farspan.parallel.context.ulysses import Alone
 
 ROWS, LENGTH, HEADS, KV_HEADS, KEY_WIDTH, VALUE_WIDTH = 2, 19, 4, 2, 4, 6
 DOCUMENTS = (5, 1, 17, 2, 13)
@@ -290,6 +292,29 @@ def test_a_rank_without_tokens_finds_nothing() -> None:
     found = [runtime.find(runtime.cut(whole), torch.tensor([0])) for runtime in runtimes]
     assert sorted(bool(here) for _, here in found) == [False, True]
     assert all(int(place) == 0 for place, _ in found)
+
+
+class Strided(Alone):
+    """Gives what packed buffers give: heads and values side by side."""
+
+    def forward(self, me: Me, q: Tensor, k: Tensor, v: Tensor) -> Schedule[tuple[Tensor, Tensor]]:
+        out, lse = yield from super().forward(me, q, k, v)
+        return torch.stack((out, out), 1)[:, 1], torch.stack((lse, lse), 2)[..., 0]
+
+    def backward(self, me: Me, saved: Saved) -> Schedule[Grads]:
+        dq, dk, dv = yield from super().backward(me, saved)
+        both = torch.stack((dk, dv), 1)
+        return torch.cat((dq, dq), 1)[:, : dq.shape[1]], both[:, 0], both[:, 1]
+
+
+def test_the_operator_gives_dense_tensors_as_compiled_code_counts_on() -> None:
+    runtime = Spread(0, 1, lambda _: Strided(), Deal("zigzag", "documents"), Mute())
+    table = torch.tensor(encode("zigzag", (6,), 1, 1))
+    q, k = (torch.randn(1, 6, heads, 4) for heads in (4, 2))
+    options = None, table, runtime.name, True, None, None, None
+    out, lse = torch.ops.farspan.attend_spread(q, k, k, *options)
+    grads = torch.ops.farspan.attend_spread_backward(out, q, k, k, out, lse, *options)
+    assert all(tensor.is_contiguous() for tensor in (out, lse, *grads))
 
 
 def test_the_operator_keeps_torchs_contract() -> None:

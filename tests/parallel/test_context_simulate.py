@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from farspan.kernels.softmax_attention_tiles import Tile, Tiles, tiles_ref
 from farspan.parallel.comm import Group
-from farspan.parallel.context import Auto, Axis, Gather, Grid, Ring, TokenRing, Ulysses
+from farspan.parallel.context import Auto, Axis, Gather, Grid, Ring, TokenRing, Ulysses, calibrate
 from farspan.parallel.context import ring as ring_module
 from farspan.parallel.context.attention import Call, Deal, Spread
 from farspan.parallel.context.auto import Choice, candidates
@@ -268,7 +268,40 @@ def test_the_choice_is_the_fastest_prediction_and_the_same_everywhere() -> None:
         assert ranks[1](one) == ranks[0](one)
     lines = ranks[0].explain().splitlines()
     assert len(lines) == 3
-    assert "forward of 4 x 8192 tokens, 64:8 heads of 128, causal: gather" in lines[0]
+    assert "forward of 4 x 8192 tokens, 7 pieces, 64:8 heads of 128, causal, bfloat16: gather" in lines[0]
+
+
+def test_every_choice_is_kept_by_a_name_of_its_own_and_made_again() -> None:
+    asked = [
+        call(32768, 4, (64, 8), backward=backward, sight=sight)
+        for backward in (False, True)
+        for sight in (Sight(True), Sight(True, softcap=30.0), Sight(True, scale=0.5), Sight(False), Sight(True, 512))
+    ]
+    asked += [replace(asked[0], value_width=64), replace(asked[0], dtype=torch.float32)]
+    first = Choice(h100(), DEAL)
+    for one in asked:
+        first(one)
+    assert len(first.chosen()) == len(first.explain().splitlines()) == len(asked)
+    other = dict.fromkeys(first.chosen(), "ring")
+    again = Choice(h100(), DEAL)
+    again.replay(other)
+    for one in asked:
+        assert isinstance(again(one), Ring) == (one.sight.window is None), "under a window none is offered"
+
+
+@pytest.mark.parametrize(
+    "change", [{"contention": "x"}, {"contention": 0.5}, {"near": {}}, {"node": 0}, {"post": None}]
+)
+def test_a_damaged_file_of_figures_is_measured_again(tmp_path: Path, change: dict[str, Any]) -> None:
+    file = tmp_path / "figures.json"
+    calibrate._write(file, {"version": calibrate.VERSION, **asdict(h100())})
+    assert calibrate._read(file) is not None
+    calibrate._write(file, {"version": calibrate.VERSION, **asdict(h100()), **change})
+    assert calibrate._read(file) is None
+    figures = asdict(h100())
+    figures["near"]["port"] = 0
+    calibrate._write(file, {"version": calibrate.VERSION, **figures})
+    assert calibrate._read(file) is None
 
 
 def test_documents_alike_are_predicted_once() -> None:
