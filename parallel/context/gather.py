@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from farspan.parallel.context.exchange import Give, Packing, Post, Room, Schedule, Take, Wait
+from farspan.parallel.context.layout import length_of
 from farspan.parallel.context.pinned import Pinned
 from farspan.parallel.context.sight import Part, Pieces, exports, imports
 from farspan.parallel.context.sums import ALL, Grads, Me, Saved, Sum, Whole, attend_back, halves
@@ -82,7 +83,7 @@ class _Fetch:
         """Under a window a query's keys lie side by side, its own among them: bands need no merge."""
         self.pieces, self.parts = self._imports(me.rank)
         self.tiles = me.sight.tiles(me.pieces, self.pieces)
-        self.rows = self.parts[-1].at + self.parts[-1].length if self.parts else 0
+        self.rows = length_of(self.pieces)
         self.packing = Packing(self.k, self.v)
 
     def begin(self) -> Schedule[int]:
@@ -107,7 +108,7 @@ class _Fetch:
         dk, dv = (Sum(me.kernels, x, many=False) for x in (self.keys, self.values))
         queries = saved.over(self.query_heads, self.keys, self.values)
         attend_back(me, queries, self.tiles, (dq, dk, dv), (self.query_heads, ALL))
-        most = max(_rows(self._imports(rank)[1]) for rank in range(me.ranks))
+        most = max(length_of(self._imports(rank)[0]) for rank in range(me.ranks))
         room = yield Room(self.rows * row, most * row)
         me.kernels.pack(room, dk.result(), dv.result())
         gives = [
@@ -135,7 +136,3 @@ class _Fetch:
     def _exports(self) -> tuple[tuple[int, Part], ...]:
         """What every rank, this one under a window, has of this rank's keys."""
         return exports(self.me.sight, self.me.layout, self.me.rank, self.whole)
-
-
-def _rows(parts: tuple[Part, ...]) -> int:
-    return parts[-1].at + parts[-1].length if parts else 0

@@ -8,7 +8,7 @@ contiguous keeps the order of the tokens: for windows, recurrent layers and exch
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import accumulate, groupby, pairwise
+from itertools import accumulate, groupby
 from typing import Literal, NamedTuple
 
 import torch
@@ -59,6 +59,11 @@ def placed(spans: Iterable[Span]) -> tuple[Piece, ...]:
     return tuple(Piece(*span, at) for span, at in zip(joined, places, strict=False))
 
 
+def length_of(pieces: Sequence[Piece]) -> int:
+    """How many tokens placed pieces are."""
+    return pieces[-1].end if pieces else 0
+
+
 @dataclass(frozen=True)
 class Layout:
     """Where the tokens of documents of these lengths are: every token on one rank, in the order of documents there."""
@@ -82,7 +87,7 @@ class Layout:
 
     def held(self, rank: int) -> int:
         """How many tokens a rank holds, padding not counted."""
-        return self.pieces[rank][-1].end if self.pieces[rank] else 0
+        return length_of(self.pieces[rank])
 
     @cached_property
     def starts(self) -> tuple[int, ...]:
@@ -214,8 +219,3 @@ def decode(table: Tensor, ranks: int) -> Layout:
 def runs(pieces: Iterable[Piece]) -> list[tuple[int, tuple[Piece, ...]]]:
     """The pieces by document."""
     return [(document, tuple(group)) for document, group in groupby(pieces, key=lambda piece: piece.document)]
-
-
-def adjacent(pieces: Sequence[Piece]) -> bool:
-    """Whether the pieces follow each other in their buffer."""
-    return all(a.end == b.at for a, b in pairwise(pieces))

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from farspan.parallel.context.exchange import Give, Packing, Post, Room, Schedule, Take, Wait, aligned
-from farspan.parallel.context.layout import Layout, Piece, Span, placed
+from farspan.parallel.context.layout import Layout, Piece, Span, length_of, placed
 from farspan.parallel.context.pinned import Pinned
 from farspan.parallel.context.sight import Pieces
 from farspan.parallel.context.sums import ALL, Grads, Heads, Me, Saved, Sum, Whole, attend_back, halves
@@ -37,10 +37,6 @@ def _within(layout: Layout, rank: int, start: int, stop: int | None) -> Pieces:
     """The pieces of a rank between two of its tokens, placed anew."""
     spans = [_inside(piece, start, piece.end if stop is None else stop) for piece in layout.pieces[rank]]
     return placed(span for span in spans if span.length > 0)
-
-
-def _length(pieces: Pieces) -> int:
-    return pieces[-1].end if pieces else 0
 
 
 def _inside(piece: Piece, start: int, stop: int) -> Span:
@@ -123,7 +119,7 @@ class _Cargo:
                 total.add(part, slice(start, start + part.shape[0]), lane.heads[1])
 
     def _size(self, i: int, rank: int) -> int:
-        return _length(self.lanes[i].pieces(self.me.layout, rank)) * self.packings[i].row
+        return length_of(self.lanes[i].pieces(self.me.layout, rank)) * self.packings[i].row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +174,7 @@ class Ring(Pinned):
     def _publish(self, ring: _Cargo, k: Tensor, v: Tensor) -> Schedule[Tensor]:
         room: Tensor = yield ring.room(0)
         own = [(k[lane.tokens, lane.heads[1]], v[lane.tokens, lane.heads[1]]) for lane in ring.lanes]
-        rows = [_length(ring.pieces(i, 0)) for i in range(len(own))]
+        rows = [length_of(ring.pieces(i, 0)) for i in range(len(own))]
         ring.pack(room, 0, [(a[:n], b[:n]) for (a, b), n in zip(own, rows, strict=True)])
         return room
 
