@@ -17,7 +17,7 @@ from farspan.kernels.softmax_attention_backends import Backend, Cpu, Math, lse_d
 from farspan.kernels.softmax_attention_cuda import Cudnn, Flash
 from farspan.kernels.softmax_attention_mask import Mask, bottom_right, trim, visible
 
-__all__ = ["Mask", "attend", "attend_ref", "block_backward", "block_forward", "choose"]
+__all__ = ["Mask", "attend", "attend_ref", "block_backward", "block_forward", "choose", "join_sinks", "sinks_gradient"]
 
 
 def attend(
@@ -215,6 +215,25 @@ def _block_backward(
     return padded
 
 
+def join_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention, out [B] T H V and lse [B] H T with or without a batch, once sinks [H] have joined each softmax."""
+    sink = sinks.to(lse.dtype)[:, None]
+    weight = torch.sigmoid(lse - sink).transpose(-1, -2)[..., None]  # what the sink leaves of each softmax
+    return (out * weight).to(out.dtype), torch.logaddexp(lse, sink)
+
+
+def sinks_gradient(dout: Tensor, out: Tensor, lse: Tensor, sinks: Tensor, dlse: Tensor | None = None) -> Tensor:
+    """Of sinks [H], from what `join_sinks` gave: [B] T H V and [B] H T.
+
+    A sink is one more key of value zero: its probability times (0 - delta + dlse), summed over batch and tokens.
+    """
+    shift = -(dout.to(lse.dtype) * out).sum(-1).transpose(-1, -2)
+    shift = shift if dlse is None else shift + dlse
+    share = torch.exp(sinks.to(lse.dtype)[:, None] - lse)
+    rest = [axis for axis in range(lse.dim()) if axis != lse.dim() - 2]
+    return (share * shift).sum(rest).to(sinks.dtype)
+
+
 def _attend(
     q: Tensor,
     k: Tensor,
@@ -228,11 +247,7 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     mask = Mask(causal=causal, window=window, scale=scale, softcap=softcap, cu_seqlens=cu_seqlens)
     out, lse = block_forward(q, k, v, mask, choose(q, k, v, mask))
-    if sinks is None:
-        return out, lse
-    sink = sinks.to(lse.dtype)[:, None]
-    weight = torch.sigmoid(lse - sink).transpose(1, 2)[..., None]  # B T H 1: what the sink leaves of each softmax
-    return (out * weight).to(q.dtype), torch.logaddexp(lse, sink)
+    return (out, lse) if sinks is None else join_sinks(out, lse, sinks)
 
 
 def _attend_backward(
@@ -256,11 +271,7 @@ def _attend_backward(
     dq, dk, dv = _block_backward(backward, (q, k, v), (dout, out, lse, dlse), mask)
     if sinks is None:
         return dq, dk, dv, q.new_empty(0)
-    # A sink is one more key of value zero: its probability times (0 - delta + dlse), summed over batch and tokens.
-    shift = -(dout.to(lse.dtype) * out).sum(-1).transpose(1, 2)
-    shift = shift if dlse is None else shift + dlse
-    share = torch.exp(sinks.to(lse.dtype)[:, None] - lse)
-    return dq, dk, dv, (share * shift).sum((0, 2)).to(sinks.dtype)
+    return dq, dk, dv, sinks_gradient(dout, out, lse, sinks, dlse)
 
 
 def _attend_fake(q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor]:

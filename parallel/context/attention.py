@@ -13,6 +13,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from farspan.kernels.softmax_attention import join_sinks, sinks_gradient
 from farspan.kernels.softmax_attention_backends import lse_dtype
 from farspan.parallel.context.exchange import Link, drive
 from farspan.parallel.context.layout import Kind, Layout, decode, encode, layout
@@ -198,9 +199,7 @@ def _attend(
     sight = Sight(causal, window, scale, softcap)
     out, lse = _RUNTIMES[name].forward(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), table, sight)
     if sinks is not None:
-        sink = sinks.to(lse.dtype)[:, None]
-        out = (out * torch.sigmoid(lse - sink).T[..., None]).to(q.dtype)
-        lse = torch.logaddexp(lse, sink)
+        out, lse = join_sinks(out, lse, sinks)
     return out.contiguous().view(*q.shape[:-1], v.shape[-1]), lse.contiguous()  # compiled code counts on it
 
 
@@ -223,10 +222,7 @@ def _attend_backward(
     query, key, value = (x.flatten(0, 1) for x in (q, k, v))
     saved = Saved(dout.flatten(0, 1), query, key, value, out.flatten(0, 1), lse)
     dq, dk, dv = _RUNTIMES[name].backward(saved, table, sight)
-    dsinks = q.new_empty(0)
-    if sinks is not None:  # one more key of value zero: its probability times (0 - delta), summed over tokens
-        shift = -(dout.flatten(0, 1).to(lse.dtype) * out.flatten(0, 1)).sum(-1).T
-        dsinks = (torch.exp(sinks.to(lse.dtype)[:, None] - lse) * shift).sum(1).to(sinks.dtype)
+    dsinks = q.new_empty(0) if sinks is None else sinks_gradient(saved.dout, saved.out, lse, sinks)
     return dq.contiguous().view(q.shape), dk.contiguous().view(k.shape), dv.contiguous().view(v.shape), dsinks
 
 
