@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from farspan.kernels.define import triton_runs
+
 __all__ = ["Rows", "add_", "add_ref", "delta", "delta_ref", "merge_", "merge_ref", "stand_in", "stand_in_ref"]
 
 Rows = slice | Tensor | None
@@ -39,7 +41,7 @@ def merge_(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, rows: Rows)
             f"merge_: lse {tuple(lse.shape)}, {tuple(part_lse.shape)} do not fit out {tuple(out.shape)}, part "
             f"{tuple(part.shape)}; lse is H T where out is T H V"
         )
-    if part.numel() and _on_gpu(out, part):
+    if part.numel() and triton_runs(out, part):
         _launch_merge(out, lse, part, part_lse, rows)
     elif part.numel():
         merge_ref(out, lse, part, part_lse, rows)
@@ -61,7 +63,7 @@ def add_(total: Tensor, part: Tensor, rows: Rows) -> None:
     _check(total, part, rows)
     if total.dtype != torch.float64 and total.is_contiguous() and part.is_contiguous() and not isinstance(rows, Tensor):
         total[slice(None) if rows is None else rows].add_(part)  # torch's own kernel has at least fp32 inside as well
-    elif part.numel() and _on_gpu(total, part):
+    elif part.numel() and triton_runs(total, part):
         _launch_add(total, part, rows)
     elif part.numel():
         add_ref(total, part, rows)
@@ -77,7 +79,7 @@ def delta_ref(out: Tensor, dout: Tensor) -> Tensor:
 def delta(out: Tensor, dout: Tensor) -> Tensor:
     """Row sums of out * dout, which attention's backward needs: two R H V -> H R in fp32 (fp64 for fp64)."""
     _check(out, dout, None)
-    return _launch_delta(out, dout) if out.numel() and _on_gpu(out, dout) else delta_ref(out, dout)
+    return _launch_delta(out, dout) if out.numel() and triton_runs(out, dout) else delta_ref(out, dout)
 
 
 def stand_in_ref(dout: Tensor, delta: Tensor) -> Tensor:
@@ -104,7 +106,7 @@ def stand_in(dout: Tensor, delta: Tensor) -> Tensor:
     """
     if delta.shape != dout.shape[1::-1]:
         raise ValueError(f"stand_in: delta {tuple(delta.shape)} must be H R where dout {tuple(dout.shape)} is R H V")
-    return _launch_stand_in(dout, delta) if dout.numel() and _on_gpu(dout) else stand_in_ref(dout, delta)
+    return _launch_stand_in(dout, delta) if dout.numel() and triton_runs(dout) else stand_in_ref(dout, delta)
 
 
 def _terms(dout: Tensor) -> int:
@@ -124,12 +126,6 @@ def _check(whole: Tensor, part: Tensor, rows: Rows) -> None:
             f"lse: part {tuple(part.shape)} must be {(count, *whole.shape[1:])}: the {count} named rows of the whole "
             f"{tuple(whole.shape)}; name as many rows as the part has"
         )
-
-
-def _on_gpu(*tensors: Tensor) -> bool:
-    """Whether the kernels run: fp64 is for tests and stays with the twins; interpreted kernels take CPU tensors."""
-    fp64 = any(x.dtype == torch.float64 for x in tensors)
-    return (tensors[0].is_cuda or triton.knobs.runtime.interpret) and not fp64
 
 
 # The kernels: a program takes b_r rows of one head, all of their width at once. Neighbouring programs take neighbouring
@@ -308,10 +304,10 @@ def _launch_stand_in(dout: Tensor, delta: Tensor) -> Tensor:
 
 
 def _launch(part: Tensor) -> tuple[tuple[int], tuple[int, int, int], dict[str, int]]:
-    """Grid; rows, heads, width; sizes of a block: about 4096 entries, four 16-byte loads a thread in bf16."""
+    """Grid; rows, heads, width; sizes of a block: 2048 entries, for more the registers of four warps spill."""
     count, heads, width = part.shape
     b_v = triton.next_power_of_2(width)
-    b_r = max(1, 4096 // b_v)
+    b_r = max(1, 2048 // b_v)
     return (triton.cdiv(count, b_r) * heads,), (count, heads, width), {"b_r": b_r, "b_v": b_v}
 
 

@@ -1,17 +1,16 @@
 """Partial attentions merge into the whole, sums round once, and a stand-in for `out` gives back its delta."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from itertools import product
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from without_gpu import compiled, elsewhere
 
 from farspan.kernels import lse as ops
+from farspan.kernels.define import triton_runs
 from farspan.kernels.lse import Rows, add_, add_ref, delta, delta_ref, merge_, merge_ref, stand_in, stand_in_ref
 
 gpu = pytest.mark.gpu
@@ -187,35 +186,15 @@ def test_gpu_kernels_reach_rows_beyond_32_bits() -> None:
     assert far.float().sum().item() == whole.sum(dtype=torch.float32).item() == 2 * 3 * 128
 
 
-def elsewhere(function: str, **environment: str) -> None:
-    """Runs a function of this file in a process of its own: triton reads its environment when it is imported."""
-    code = f"""
-import importlib.util, torch
-torch.set_num_threads(1)
-spec = importlib.util.spec_from_file_location("under_test", {str(Path(__file__))!r})
-module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
-module.{function}()
-"""
-    known = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={**known, **environment}, capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 def run_interpreted() -> None:
-    assert ops._on_gpu(torch.zeros(1))
+    assert triton_runs(torch.zeros(1))
     kernels_equal_their_twins("cpu", (torch.float32, torch.float16, torch.bfloat16), (1, 6, 64), rows=150)
 
 
 def run_compiled() -> None:
     """Every kernel compiles for Hopper and keeps its values in registers."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
-
     pointers = {"p_lse": "*fp32", "p_part_lse": "*fp32", "p_rows": "*i32", "p_delta": "*fp32"}
-    kernels: list[tuple[object, dict[str, object]]] = [
+    kernels: list[tuple[Any, dict[str, Any]]] = [
         (ops._merge, {"indexed": True}),
         (ops._merge, {"indexed": False}),
         (ops._add, {"indexed": False}),
@@ -223,23 +202,18 @@ def run_compiled() -> None:
         (ops._stand_in, {"terms": 3}),
     ]
     for kernel, chosen in kernels:
-        fixed = {**chosen, "b_r": 32, "b_v": 128}
+        fixed = {**chosen, "b_r": 16, "b_v": 128}
         names = [name for name in kernel.arg_names if name not in fixed]
         types = {
             n: pointers.get(n, "*bf16") if n.startswith("p_") else "fp32" if n == "limit" else "i32" for n in names
         }
-        built = compile(
-            ASTSource(fn=kernel, signature={**types, **dict.fromkeys(fixed, "constexpr")}, constexprs=fixed),
-            target=GPUTarget("cuda", 90, 32),
-            options={"num_warps": 4},
-        )
-        assert "cubin" in built.asm and ".local" not in built.asm["ptx"], kernel
+        assert compiled(kernel, types, fixed, num_warps=4).stack == 0, kernel
 
 
 @pytest.mark.parametrize(
-    ("run", "interpret"), [(run_interpreted, "1"), (run_compiled, "0")], ids=["interpreted", "compiled"]
+    ("run", "interpret"), [(run_interpreted, True), (run_compiled, False)], ids=["interpreted", "compiled"]
 )
-def test_kernels_without_a_gpu(run: Callable[[], None], interpret: str) -> None:
+def test_kernels_without_a_gpu(run: Callable[[], None], interpret: bool) -> None:
     if torch.cuda.is_available():
         pytest.skip("the kernels themselves run here")
-    elsewhere(run.__name__, TRITON_INTERPRET=interpret)
+    elsewhere(run, interpret=interpret)

@@ -1,0 +1,91 @@
+"""Kernels on a machine without a GPU: interpreted for their numbers, compiled for Hopper to see what they need."""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SHARED_MEMORY = 232_448
+"""Bytes that a block may have on Hopper; Triton compiles more without a word."""
+
+
+def elsewhere(function: Callable[[], None], *, interpret: bool) -> None:
+    """Runs a function of a test file in a process of its own: triton reads TRITON_INTERPRET when it is imported."""
+    code = f"""
+import importlib.util, torch
+torch.set_num_threads(1)
+spec = importlib.util.spec_from_file_location("under_test", {function.__code__.co_filename!r})
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+module.{function.__name__}()
+"""
+    tests = str(Path(__file__).parent)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "TRITON_INTERPRET": "1" if interpret else "0", "PYTHONPATH": tests},
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a kernel needs on Hopper."""
+
+    registers: int
+    """A thread."""
+    stack: int
+    """Bytes a thread: more than a few are spilled registers."""
+    shared: int
+    """Bytes a block."""
+    ptx: str
+
+
+def compiled(kernel: Any, types: dict[str, str], fixed: dict[str, Any], **options: int) -> Compiled:
+    """Compiles for sm_90, where there is no GPU as well, and asserts that it fits and never computes in fp64.
+
+    types: of each argument that is not in `fixed`: "*bf16", "fp32", "i32", …; fixed: the constants. options: num_warps,
+    num_stages. Pointers and what is named `*_row` or `width` count as multiples of 16, as in a model.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    function = getattr(kernel, "fn", kernel) if hasattr(kernel, "configs") else kernel
+    names = [name for name in function.arg_names if name not in fixed]
+    assert set(names) == set(types), f"{sorted(set(names) ^ set(types))}: argument without a type, or the reverse"
+    even = [n for n in names if types[n].startswith("*") or n.endswith("_row") or n == "width"]
+    built = compile(
+        ASTSource(
+            fn=function,
+            signature={**types, **dict.fromkeys(fixed, "constexpr")},
+            constexprs=fixed,
+            attrs={(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in even},
+        ),
+        target=GPUTarget("cuda", 90, 32),
+        options=options,
+    )
+    assert ".f64" not in built.asm["ptx"], f"{function.__name__}: computes in fp64"
+    assert built.metadata.shared <= SHARED_MEMORY, f"{function.__name__}: {built.metadata.shared} B of shared memory"
+    registers, stack = _resources(built.asm["cubin"])
+    return Compiled(registers, stack, built.metadata.shared, built.asm["ptx"])
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of stack a thread, as cuobjdump tells them."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        said = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", said.stdout)
+    assert found, said.stdout
+    return int(found[1]), int(found[2])
