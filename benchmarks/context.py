@@ -43,7 +43,7 @@ SCHEDULES: dict[str, Context] = {
     "auto": Auto(),
 }
 LONGEST = ("gather", "ulysses, 2 groups", "auto")
-PEERS = ("ring-flash-attn zigzag",)
+PEERS = ("ring-flash-attn zigzag", "yunchang ulysses")
 
 
 @dataclass(frozen=True)
@@ -179,17 +179,15 @@ class Bench:
             runtime.link = link
         return found
 
-    def peer(self, cell: Cell) -> dict[str, float]:
-        from flash_attn_shim import install
-
-        install()
+    def zigzag(self, cell: Cell) -> dict[str, float]:
         from ring_flash_attn.zigzag_ring_flash_attn import (
             zigzag_ring_flash_attn_backward,
             zigzag_ring_flash_attn_forward,
         )
 
-        tokens = cell.tokens // self.ranks
-        q, k, v, dout = (x.unsqueeze(0) for x in self.inputs(cell, tokens, cell.heads, cell.kv_heads))
+        q, k, v, dout = (
+            x.unsqueeze(0) for x in self.inputs(cell, cell.tokens // self.ranks, cell.heads, cell.kv_heads)
+        )
         group, scale = dist.group.WORLD, WIDTH**-0.5
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -200,6 +198,29 @@ class Bench:
             "GB": self.slowest((torch.cuda.max_memory_allocated() - before) / 1e9),
         }
 
+    def yunchang(self, cell: Cell) -> dict[str, float]:
+        from yunchang.ulysses.attn_layer import UlyssesAttention
+
+        inputs = [x.unsqueeze(0) for x in self.inputs(cell, cell.tokens // self.ranks, cell.heads, cell.kv_heads)]
+        *leaves, dout = (x.requires_grad_() for x in inputs)
+        attention = UlyssesAttention(dist.group.WORLD)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        out = attention(*leaves, causal=cell.sight.causal)
+        with torch.no_grad():
+            forward = self.time(lambda: attention(*leaves, causal=cell.sight.causal))
+        return {
+            "forward": forward,
+            "backward": self.time(lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)),
+            "GB": self.slowest((torch.cuda.max_memory_allocated() - before) / 1e9),
+        }
+
+    def peer(self, cell: Cell, name: str) -> dict[str, float]:
+        from flash_attn_shim import install
+
+        install()
+        return self.yunchang(cell) if name == "yunchang ulysses" else self.zigzag(cell)
+
 
 def measure(bench: Bench, cell: Cell, names: list[str], silent: bool) -> list[dict[str, Any]]:
     single = bench.single(cell)
@@ -208,10 +229,10 @@ def measure(bench: Bench, cell: Cell, names: list[str], silent: bool) -> list[di
     rows = []
     for name in names:
         peer = name in PEERS
-        if peer and cell.mask != "causal":
+        if peer and cell.mask not in (("causal", "full") if name == "yunchang ulysses" else ("causal",)):
             continue
         try:
-            found = bench.peer(cell) if peer else bench.schedule(cell, name, silent)
+            found = bench.peer(cell, name) if peer else bench.schedule(cell, name, silent)
         except torch.cuda.OutOfMemoryError:
             torch.cuda.empty_cache()
             continue

@@ -1,6 +1,7 @@
 """Stands in for the flash_attn package, so that peers' schedules run over the very kernels that ours do.
 
-ring-flash-attn imports two pairs of private functions from flash_attn; here they are farspan's kernel pairs.
+ring-flash-attn and yunchang import two pairs of private functions from flash_attn, which here are farspan's kernel
+pairs, and yunchang the differentiable one, which is farspan's `attend`.
 """
 
 import sys
@@ -8,7 +9,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-from farspan.kernels.softmax_attention import block_backward, block_forward, choose
+from farspan.kernels.softmax_attention import attend, block_backward, block_forward, choose
 from farspan.kernels.softmax_attention_mask import Mask
 
 
@@ -55,6 +56,18 @@ def _flash_attn_backward(
         into.copy_(grad)
 
 
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    **unused: object,
+) -> Tensor:
+    return attend(q, k, v, causal=causal, scale=softmax_scale)[0]
+
+
 def _unavailable(*_: object, **__: object) -> None:
     raise NotImplementedError("the stand-in for flash_attn has dense kernels only; install flash-attn for varlen ones")
 
@@ -65,9 +78,10 @@ def install() -> None:
     interface.__dict__.update(_flash_attn_forward=_flash_attn_forward, _flash_attn_backward=_flash_attn_backward)
     for name in ("_flash_attn_varlen_forward", "_flash_attn_varlen_backward"):
         setattr(interface, name, _unavailable)
-    for name in ("flash_attn_func", "flash_attn_varlen_func", "flash_attn_qkvpacked_func"):
+    for name in ("flash_attn_varlen_func", "flash_attn_qkvpacked_func"):
         setattr(interface, name, _unavailable)
         setattr(package, name, _unavailable)
+    interface.__dict__["flash_attn_func"] = package.__dict__["flash_attn_func"] = flash_attn_func
     package.__dict__["flash_attn_interface"] = interface
     package.__dict__["__version__"] = "2.7.4"
     adapters = ModuleType("ring_flash_attn.adapters")  # of no use here, and bound to one version of transformers

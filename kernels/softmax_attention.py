@@ -124,8 +124,13 @@ def _has_flash_attn() -> bool:
     return find_spec("flash_attn") is not None
 
 
+@cache
+def has_cudnn_graphs() -> bool:
+    return find_spec("cudnn") is not None
+
+
 def choose(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> str:
-    """Name of the backend for these tensors: `cpu`, `cudnn`, `flash`, `flash_attn` or `math`.
+    """Name of the backend for these tensors: `cpu`, `cudnn`, `cudnn_graph`, `flash`, `flash_attn` or `math`.
 
     Reads device, dtype, shapes, mask, capability and torch's deterministic flag (cuDNN's backward has no such form),
     never values. Blocks are judged by what is left of them after trimming: one that sees all its keys counts as full.
@@ -140,15 +145,19 @@ def choose(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> str:
     if q.device.type != "cuda" or not half or width % 8 != 0 or width > 256 or _capability(q.device) < (8, 0):
         return "math"
     t, s = part.rows.stop - part.rows.start, part.keys.stop - part.keys.start
-    if bottom_right(part.mask, t, s)[2] >= s:  # FlashAttention takes it for no edge at all
+    right = bottom_right(part.mask, t, s)[2]
+    if right >= s:  # FlashAttention takes it for no edge at all
         flash = "math"
     elif mask.softcap is not None:
         flash = "flash_attn" if _has_flash_attn() else "math"
     else:
         flash = "flash"
-    dense = part.mask.plain and mask.cu_seqlens is None and mask.softcap is None and (t == s or not part.mask.causal)
-    fits = dense and width <= 128 and min(t, s) > 1 and _capability(q.device) >= (9, 0)
-    return "cudnn" if fits and not torch.are_deterministic_algorithms_enabled() else flash
+    fits = width <= 128 and min(t, s) > 1 and _capability(q.device) >= (9, 0) and mask.softcap is None
+    if not fits or torch.are_deterministic_algorithms_enabled():
+        return flash
+    if part.mask.plain and mask.cu_seqlens is None and (t == s or not part.mask.causal):
+        return "cudnn"
+    return "cudnn_graph" if has_cudnn_graphs() and right in (-1, 0) else flash
 
 
 @cache
@@ -157,11 +166,14 @@ def _backend(name: str) -> Backend:
         from farspan.kernels.softmax_attention_fa import FlashAttn
 
         return FlashAttn()
+    if name == "cudnn_graph":
+        from farspan.kernels.softmax_attention_cudnn_graph import CudnnGraph
+
+        return CudnnGraph()
     backends: dict[str, Callable[[], Backend]] = {"cpu": Cpu, "cudnn": Cudnn, "flash": Flash, "math": Math}
     if name not in backends:
-        raise ValueError(
-            f"attention: backend={name!r} is unknown; use one of {', '.join([*backends, 'flash_attn'])}, or choose()"
-        )
+        known = ", ".join([*backends, "cudnn_graph", "flash_attn"])
+        raise ValueError(f"attention: backend={name!r} is unknown; use one of {known}, or choose()")
     return backends[name]()
 
 

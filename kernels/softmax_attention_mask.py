@@ -104,7 +104,7 @@ def bottom_right(mask: Mask, t: int, s: int) -> tuple[bool, int, int]:
         return False, -1, -1
     if mask.window is None:
         return right == 0, -1, right
-    return False, mask.window - 1 - right, right
+    return False, mask.window - 1 - right, -1 if mask.offset >= s - 1 else right
 
 
 def document_bounds(cu_seqlens: Tensor, tokens: int, longest: int) -> list[int]:

@@ -4,7 +4,7 @@ Tensors are token-major, without a batch: q T H K, k S Hkv K, v S Hkv V; lse H T
 launch is worked out once from numbers on the host, so no call ever waits for the device.
 """
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from farspan.kernels.softmax_attention import block_backward, block_forward, choose
+from farspan.kernels.lse import add_
+from farspan.kernels.softmax_attention import block_backward, block_forward, choose, has_cudnn_graphs
 from farspan.kernels.softmax_attention_backends import lse_dtype
 from farspan.kernels.softmax_attention_cuda import Pack, Piece, Span, Uploads, joined, varlen_backward, varlen_forward
 from farspan.kernels.softmax_attention_mask import Mask, trim
@@ -109,6 +110,12 @@ class Tiles:
         return _packs(self)
 
     @cached_property
+    def squared(self) -> tuple[Pack, ...]:
+        """`packs`, then what `Pack.squared` takes away from them; together they see what the tiles see."""
+        halves = [pack.squared for pack in self.packs]
+        return (*(square for square, _ in halves), *(band for _, bands in halves for band in bands))
+
+    @cached_property
     def launches(self) -> dict[Hashable, str]:
         """How this list is launched, for each kind of tensors."""
         return {}
@@ -173,7 +180,7 @@ def tiles_forward(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles) -> tuple[Tensor
     _check(q, k, v, tiles)
     if not tiles.tiles:
         return q.new_zeros(0, q.shape[1], v.shape[2]), q.new_zeros(q.shape[1], 0, dtype=lse_dtype(q.dtype))
-    forward = {"even": _forward_even, "groups": _forward_groups, "flash": _forward_flash}
+    forward = {"even": _forward_even, "groups": _forward_groups, "flash": _forward_flash, "cudnn": _forward_cudnn}
     return forward[_launch(q, k, v, tiles)](q, k, v, tiles)
 
 
@@ -189,7 +196,7 @@ def tiles_backward(
     _check(q, k, v, tiles)
     if not tiles.tiles:
         return q.new_zeros(0, *q.shape[1:]), k.new_zeros(0, *k.shape[1:]), v.new_zeros(0, *v.shape[1:])
-    backward = {"even": _backward_even, "groups": _backward_groups, "flash": _backward_flash}
+    backward = {"even": _backward_even, "groups": _backward_groups, "flash": _backward_flash, "cudnn": _backward_cudnn}
     return backward[_launch(q, k, v, tiles)](dout, q, k, v, out, lse, tiles)
 
 
@@ -214,11 +221,11 @@ def _launch(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles) -> str:
 
 
 def _choose_launch(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles) -> str:
-    """`even`: one dense batch. `groups`: a dense batch for each shape. `flash`: a varlen call for each band.
+    """`even`: one dense batch. `groups`: a dense batch for each shape. `flash`, `cudnn`: a varlen call for each band.
 
-    cuDNN's kernels run about 1.8 times as fast as FlashAttention 2's, so they take every dense batch that they can. A
-    ragged list is never cut into dense calls of cuDNN: every new length would build a graph, which takes longer than
-    the attention. Reads shapes and settings, never values.
+    cuDNN's kernels run about 1.8 times as fast as FlashAttention 2's, so they take what they can: dense through torch,
+    ragged through cudnn-frontend where that is installed. A ragged list is never cut into dense calls of cuDNN: every
+    new length would build a graph, which takes longer than the attention. Reads shapes and settings, never values.
     """
     dense = "groups" if tiles.even is None else "even"
     full = Mask(causal=False, softcap=tiles.softcap)
@@ -229,6 +236,8 @@ def _choose_launch(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles) -> str:
         query, key, value = _inputs_even(q, k, v, tiles)
         if choose(query, key, value, tiles.mask(tiles.tiles[0].offset)) == "cudnn":
             return dense
+    if able == "cudnn" and has_cudnn_graphs() and all(pack.right in (None, 0) for pack in tiles.packs):
+        return "cudnn"
     # FlashAttention takes an edge at or beyond the longest sequence for no edge.
     if any(pack.right is not None and pack.right >= pack.longest[1] for pack in tiles.packs):
         return dense
@@ -321,33 +330,82 @@ def _placed(size: int, parts: list[tuple[slice | Tensor, Tensor]], fill: float =
     return whole
 
 
-def _forward_flash(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor]:
+VarlenForward = Callable[[Tensor, Tensor, Tensor, Pack, float], tuple[Tensor, Tensor]]
+VarlenBackward = Callable[[tuple[Tensor, ...], Pack, float], tuple[Tensor, Tensor, Tensor]]
+
+
+def _forward_varlen(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, run: VarlenForward) -> tuple[Tensor, Tensor]:
     """A call for each band, over sequences laid end to end."""
     outs: list[tuple[slice | Tensor, Tensor]] = []
     totals: list[tuple[slice | Tensor, Tensor]] = []
     for pack in tiles.packs:
         rows, keys = pack.index("row", "rows", q.device), pack.index("key", "keys", q.device)
-        varlen = pack.varlen(tiles.mask(0).scale_of(q), q.device)
-        out, lse = varlen_forward(_pick(q, rows), _pick(k, keys), _pick(v, keys), varlen)
+        out, lse = run(_pick(q, rows), _pick(k, keys), _pick(v, keys), pack, tiles.mask(0).scale_of(q))
         places = pack.index("row_place", "rows", q.device)
         outs.append((places, out))
         totals.append((places, lse.T))
     return _placed(tiles.rows, outs), _placed(tiles.rows, totals, -torch.inf).T.contiguous()
 
 
+def _backward_varlen(
+    inputs: tuple[Tensor, ...], tiles: Tiles, packs: tuple[Pack, ...], run: VarlenBackward
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The packs may share rows, whose gradients are summed, but no keys."""
+    dout, q, k, v, out, lse = inputs
+    grads: list[list[tuple[slice | Tensor, Tensor]]] = [[], [], []]
+    for pack in packs:
+        rows, keys = pack.index("row", "rows", q.device), pack.index("key", "keys", q.device)
+        places, key_places = pack.index("row_place", "rows", q.device), pack.index("key_place", "keys", q.device)
+        picked = _pick(dout, places), _pick(q, rows), _pick(k, keys), _pick(v, keys), _pick(out, places)
+        parts = run((*picked, _pick(lse.T, places).T), pack, tiles.mask(0).scale_of(q))
+        for grad, place, part in zip(grads, (places, key_places, key_places), parts, strict=True):
+            grad.append((place, part))
+    dq = _placed(tiles.rows, grads[0][: len(tiles.packs)])
+    for place, part in grads[0][len(tiles.packs) :]:
+        add_(dq, part, place)
+    return dq, _placed(tiles.keys, grads[1]), _placed(tiles.keys, grads[2])
+
+
+def _run_flash(q: Tensor, k: Tensor, v: Tensor, pack: Pack, scale: float) -> tuple[Tensor, Tensor]:
+    return varlen_forward(q, k, v, pack.varlen(scale, q.device))
+
+
+def _run_flash_back(inputs: tuple[Tensor, ...], pack: Pack, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    dout, q, k, v, out, lse = inputs
+    return varlen_backward(dout, q, k, v, out, lse, pack.varlen(scale, q.device))
+
+
+def _run_cudnn(q: Tensor, k: Tensor, v: Tensor, pack: Pack, scale: float) -> tuple[Tensor, Tensor]:
+    from farspan.kernels.softmax_attention_cudnn_graph import ragged_forward  # an optional library, at its first use
+
+    return ragged_forward(q, k, v, pack.ragged(scale, q.device))
+
+
+def _run_cudnn_back(inputs: tuple[Tensor, ...], pack: Pack, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    from farspan.kernels.softmax_attention_cudnn_graph import ragged_backward
+
+    dout, q, k, v, out, lse = inputs
+    return ragged_backward(dout, q, k, v, out, lse, pack.ragged(scale, q.device))
+
+
+def _forward_flash(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor]:
+    return _forward_varlen(q, k, v, tiles, _run_flash)
+
+
 def _backward_flash(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tiles
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads: list[list[tuple[slice | Tensor, Tensor]]] = [[], [], []]
-    for pack in tiles.packs:
-        rows, keys = pack.index("row", "rows", q.device), pack.index("key", "keys", q.device)
-        places, key_places = pack.index("row_place", "rows", q.device), pack.index("key_place", "keys", q.device)
-        inputs = _pick(dout, places), _pick(q, rows), _pick(k, keys), _pick(v, keys), _pick(out, places)
-        varlen = pack.varlen(tiles.mask(0).scale_of(q), q.device)
-        parts = varlen_backward(*inputs, _pick(lse.T, places).T, varlen)
-        for grad, place, part in zip(grads, (places, key_places, key_places), parts, strict=True):
-            grad.append((place, part))
-    return _placed(tiles.rows, grads[0]), _placed(tiles.keys, grads[1]), _placed(tiles.keys, grads[2])
+    return _backward_varlen((dout, q, k, v, out, lse), tiles, tiles.packs, _run_flash_back)
+
+
+def _forward_cudnn(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor]:
+    return _forward_varlen(q, k, v, tiles, _run_cudnn)
+
+
+def _backward_cudnn(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tiles
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _backward_varlen((dout, q, k, v, out, lse), tiles, tiles.squared, _run_cudnn_back)
 
 
 def tiles_ref(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor]:

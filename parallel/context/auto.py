@@ -20,8 +20,8 @@ from farspan.parallel.context.simulate import Machine, Timeline, simulate
 from farspan.parallel.context.token_ring import TokenRing
 from farspan.parallel.context.ulysses import Ulysses
 
-ALIKE = 1.02
-"""Predictions no further apart are no reason to hold more memory."""
+ALIKE = 1.05
+"""Predictions no further apart differ by less than the model errs: the plainest of them is taken."""
 CIRCLE = 16
 """Ranks that a ring is thought of for."""
 CROWD = 8
@@ -108,7 +108,8 @@ class Choice:
         found = [(spanning, simulate(spanning, call, self.machine)) for spanning in offered]
         found.sort(key=lambda each: each[1].seconds)  # stable: of equals, the plainer
         limit = found[0][1].seconds * ALIKE
-        taken, _ = min((each for each in found if each[1].seconds <= limit), key=lambda each: each[1].peak)
+        alike = {describe(spanning) for spanning, told in found if told.seconds <= limit}
+        taken = next(spanning for spanning in offered if describe(spanning) in alike)
         return Ranked(taken, tuple(found))
 
     def _typical(self, of: Layout) -> Layout:

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from farspan.kernels.softmax_attention import Mask, attend, attend_ref, block_backward, block_forward, choose
+from farspan.kernels.softmax_attention import (
+    Mask,
+    attend,
+    attend_ref,
+    block_backward,
+    block_forward,
+    choose,
+    has_cudnn_graphs,
+)
 from farspan.kernels.softmax_attention_backends import Cpu, Math
 from farspan.kernels.softmax_attention_mask import trim, visible
 
@@ -433,13 +441,17 @@ def test_gpu_packed_documents_equal_their_reference(bounds: list[int]) -> None:
 
 @gpu
 @needs_gpu
-@pytest.mark.parametrize("backend", ["cudnn", "flash", "math"])
+@pytest.mark.parametrize("backend", ["cudnn", "cudnn_graph", "flash", "math"])
 def test_gpu_backends_one_by_one(backend: str) -> None:
     masks = [Mask(causal=True), Mask(causal=False), Mask(causal=True, offset=500)]
-    if backend != "cudnn":
-        masks += [Mask(causal=True, window=w, offset=o) for w in (None, 1, 70) for o in (-130, -40, 0, 30, 90, 199)]
-    elif torch.cuda.get_device_capability() < (9, 0):
+    if backend.startswith("cudnn") and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("cuDNN attention is chosen on Hopper or newer")
+    if backend == "cudnn_graph":
+        if not has_cudnn_graphs():
+            pytest.skip("needs nvidia-cudnn-frontend")
+        masks += [Mask(causal=True, window=w, offset=o) for w, o in ((1, 0), (70, 0), (70, 149), (190, 180))]
+    elif backend != "cudnn":
+        masks += [Mask(causal=True, window=w, offset=o) for w in (None, 1, 70) for o in (-130, -40, 0, 30, 90, 199)]
     for mask in masks:
         q, k, v = inputs(150, 150, width=64, dtype=torch.bfloat16, device="cuda")
         leaves = tuple(x.double().cpu().requires_grad_() for x in (q, k, v))
@@ -454,12 +466,30 @@ def test_gpu_backends_one_by_one(backend: str) -> None:
 
 @gpu
 @needs_gpu
+def test_gpu_gradients_do_not_depend_on_the_layout_of_out() -> None:
+    """torch keeps one cuDNN graph for all layouts of out beside the same q, k and v: ours must not see that."""
+    q, k, v = inputs(34, 34, width=64, dtype=torch.bfloat16, device="cuda")
+    mask = Mask(causal=True)
+    backend = choose(q, k, v, mask)
+    out, lse = block_forward(q, k, v, mask, backend)
+    dout = draw(*out.shape, seed=7, dtype=torch.bfloat16, device="cuda")
+    heads_major = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (dout, out))
+    first = block_backward(*(x for x in (next(heads_major), q, k, v, next(heads_major))), lse, mask, backend)
+    second = block_backward(dout, q, k, v, out, lse, mask, backend)
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=3e-2)
+
+
+@gpu
+@needs_gpu
 def test_gpu_choices() -> None:
     hopper = torch.cuda.get_device_capability() >= (9, 0)
     q, k, v = inputs(128, 128, width=64, dtype=torch.bfloat16, device="cuda")
     assert choose(q, k, v, Mask(causal=True)) == ("cudnn" if hopper else "flash")
     assert choose(q, k, v, Mask(causal=True, offset=128)) == ("cudnn" if hopper else "flash")
-    assert choose(q, k, v, Mask(causal=True, window=8)) == "flash"
+    band = "cudnn_graph" if hopper and has_cudnn_graphs() else "flash"
+    assert choose(q, k, v, Mask(causal=True, window=8)) == band
+    assert choose(q, k, v, Mask(causal=True, window=100, offset=128)) == band
     assert choose(q, k, v, Mask(causal=True, offset=5)) == "flash"
     assert choose(q, k, v, Mask(causal=True, softcap=2.0)) in ("flash_attn", "math")
     assert choose(q.float(), k.float(), v.float(), Mask(causal=True)) == "math"

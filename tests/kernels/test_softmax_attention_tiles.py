@@ -1,6 +1,9 @@
 """Lists of tiles equal their reference with gradients, however their shapes let them be launched."""
 
+import sys
+from importlib.util import find_spec
 from itertools import pairwise, product
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -9,7 +12,7 @@ from torch import Tensor
 
 from farspan.kernels import softmax_attention_tiles as module
 from farspan.kernels.lse import merge_
-from farspan.kernels.softmax_attention_cuda import Varlen
+from farspan.kernels.softmax_attention_cuda import Ragged, Varlen
 from farspan.kernels.softmax_attention_tiles import Tile, Tiles, tiles_backward, tiles_forward, tiles_ref
 
 gpu = pytest.mark.gpu
@@ -193,12 +196,45 @@ def fake_varlen_backward(
     return tuple(torch.cat(grads) for grads in zip(*parts, strict=True))
 
 
-@pytest.mark.parametrize("launch", ["even", "groups", "flash"])
+def sequences(ragged: Ragged, q: Tensor, k: Tensor) -> list[tuple[slice, slice]]:
+    """Ranges of rows and keys of each sequence that is not empty, which cover both tensors."""
+    columns = []
+    for name, x in (("rows", q), ("keys", k)):
+        starts, sizes = ragged.starts(name, x.stride(0)).tolist(), ragged.lengths(name).tolist()
+        assert len(starts) == ragged.sequences + 1 == len(sizes) + 1 and starts[-1] == x.shape[0] * x.stride(0)
+        columns.append([slice(a // x.stride(0), a // x.stride(0) + n) for a, n in zip(starts, sizes, strict=False)])
+    return [(i, j) for i, j in zip(*columns, strict=True) if i.stop > i.start]
+
+
+def fake_graph() -> ModuleType:
+    """softmax_attention_cudnn_graph in plain torch: what the adapter promises, without cudnn."""
+
+    def ragged_forward(q: Tensor, k: Tensor, v: Tensor, ragged: Ragged) -> tuple[Tensor, Tensor]:
+        band = ragged.scale, ragged.left, ragged.right
+        parts = [banded(q[i], k[j], v[j], *band) for i, j in sequences(ragged, q, k)]
+        return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts], 1)
+
+    def ragged_backward(
+        dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, ragged: Ragged
+    ) -> tuple[Tensor, ...]:
+        band = ragged.scale, ragged.left, ragged.right
+        parts = [
+            banded_backward(dout[i], q[i], k[j], v[j], out[i], lse[:, i], *band) for i, j in sequences(ragged, q, k)
+        ]
+        return tuple(torch.cat(grads) for grads in zip(*parts, strict=True))
+
+    made = ModuleType("softmax_attention_cudnn_graph")
+    made.ragged_forward, made.ragged_backward = ragged_forward, ragged_backward  # type: ignore[attr-defined]
+    return made
+
+
+@pytest.mark.parametrize("launch", ["even", "groups", "flash", "cudnn"])
 @pytest.mark.parametrize("name", LISTS)
 def test_every_launch_equals_the_reference(name: str, launch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """How tiles become calls, with the calls themselves in plain torch."""
     monkeypatch.setattr(module, "varlen_forward", fake_varlen_forward)
     monkeypatch.setattr(module, "varlen_backward", fake_varlen_backward)
+    monkeypatch.setitem(sys.modules, "farspan.kernels.softmax_attention_cudnn_graph", fake_graph())
     for mask in MASKS:
         tiles = Tiles(LISTS[name], **mask)
         fits = tiles.even is not None if launch == "even" else launch == "groups" or bool(tiles.packs)
@@ -219,17 +255,25 @@ def test_documents_and_windows_are_one_call() -> None:
 
 @gpu
 @needs_gpu
-@pytest.mark.parametrize("launch", ["chosen", "groups", "flash"])
+@pytest.mark.parametrize("launch", ["chosen", "groups", "flash", "cudnn"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_gpu_launches_equal_the_reference(dtype: torch.dtype, launch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if launch == "cudnn" and (find_spec("cudnn") is None or torch.cuda.get_device_capability() < (9, 0)):
+        pytest.skip("needs nvidia-cudnn-frontend and Hopper")
     grown = {name: tuple(Tile(*(8 * n + n % 3 for n in tile)) for tile in tiles) for name, tiles in LISTS.items()}
     for (name, lists), mask, (heads, kv_heads) in product(grown.items(), MASKS, ((4, 4), (8, 2), (8, 1))):
         if name in ("one token", "even", "far", "anything", "documents") and kv_heads == 1:
             lists = LISTS[name]  # awkwardly small
         lists = apart(lists)
         tiles = Tiles(lists, **{**mask, "window": mask["window"] * 8} if mask.get("window", 0) > 1 else mask)
-        bands = bool(tiles.packs) and all((pack.right or 0) < pack.longest[1] for pack in tiles.packs)
-        fits = launch == "groups" or (launch == "flash" and bands)
+        fits = (
+            launch != "chosen"
+            and tiles.packs
+            and all(
+                (pack.right or 0) < pack.longest[1] if launch == "flash" else pack.right in (None, 0)
+                for pack in tiles.packs
+            )
+        )
         tensors = packed(700, 700, heads=heads, kv_heads=kv_heads, width=64, dtype=dtype, device="cuda")
         if fits:
             monkeypatch.setattr(module, "_launch", lambda *_: launch)
