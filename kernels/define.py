@@ -9,6 +9,8 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 _LIBRARY = torch.library.Library("farspan", "FRAGMENT")
+_INTERPRETED = bool(triton.knobs.runtime.interpret)  # triton reads it once as well, and torch.compile cannot trace it
+_HALF = (torch.float16, torch.bfloat16)
 
 
 def define(schema: str, run: Callable[..., Any], shapes: Callable[..., Any]) -> OpOverload:
@@ -28,8 +30,10 @@ def define(schema: str, run: Callable[..., Any], shapes: Callable[..., Any]) -> 
 def triton_runs(*tensors: Tensor) -> bool:
     """Whether kernels run on these: fp64 is for tests and stays with the twins; interpreted kernels take CPU tensors.
 
-    One answer for all that an operation and its backward do: traced, fake tensors of a GPU are on that GPU.
+    One answer for all that an operation and its backward do: traced, fake tensors of a GPU are on that GPU, and tensors
+    without a device stand for a GPU's where they are of half precision: what a layer will hold is foretold with them.
     """
     if any(x.dtype == torch.float64 for x in tensors):
         return False
-    return tensors[0].is_cuda or (triton.knobs.runtime.interpret and tensors[0].device.type == "cpu")
+    first = tensors[0]
+    return first.is_cuda or (first.is_meta and first.dtype in _HALF) or (_INTERPRETED and first.device.type == "cpu")

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from farspan.kernels.random import Normal
 from farspan.models.ffns import Ffn
+from farspan.models.linear import Linear, Plain
 from farspan.models.mixers import Mixer
 from farspan.models.mixers.softmax import Angles
-from farspan.models.norm import Norm
+from farspan.models.norm import LayerNorm, Norm, RMSNorm
 from farspan.parallel.context import Runtime
 from farspan.parallel.context.shard import Documents
 
@@ -29,6 +30,8 @@ class Block:
     """What lets tokens see each other; null: nothing."""
     ffn: Ffn | None
     """What each token does for itself; null: nothing."""
+    linear: Linear = Plain()
+    """The products of mixer and ffn."""
 
     def __post_init__(self) -> None:
         if self.repeat < 1:
@@ -40,16 +43,26 @@ class Block:
         return Layer(self, width, depth, norm, placement, context)
 
 
-def _pre(x: Tensor, branch: Branch, norm: Branch, _: Branch) -> Tensor:
-    return x + branch(norm(x))
+Part = tuple[Branch, RMSNorm | LayerNorm, Branch]
+"""A branch, the norm before it (or, under post, after its sum), and what its result goes through."""
 
 
-def _post(x: Tensor, branch: Branch, norm: Branch, _: Branch) -> Tensor:
-    return norm(x + branch(x))
+def _norm_first(x: Tensor, parts: list[Part]) -> Tensor:
+    """x + N_out(F(N(x))), part after part; a sum and the norm that follows it are one pass."""
+    found: Tensor | None = None
+    for branch, norm, norm_out in parts:
+        if found is None:
+            normed = norm(x)
+        else:
+            x, normed = norm.add(x, found)
+        found = norm_out(branch(normed))
+    return x if found is None else x + found
 
 
-def _peri(x: Tensor, branch: Branch, norm: Branch, norm_out: Branch) -> Tensor:
-    return x + norm_out(branch(norm(x)))
+def _norm_last(x: Tensor, parts: list[Part]) -> Tensor:
+    for branch, norm, _ in parts:
+        _, x = norm.add(x, branch(x))
+    return x
 
 
 class Layer(nn.Module):
@@ -68,9 +81,9 @@ class Layer(nn.Module):
         super().__init__()
         self.width, self.context = width, context
         self.rotation = config.mixer.rotation(width) if config.mixer else None
-        self.join = {"pre": _pre, "post": _post, "peri": _peri}[placement]
-        self.mixer = config.mixer.build(width, depth, norm.eps, context) if config.mixer else None
-        self.ffn = config.ffn.build(width, depth) if config.ffn else None
+        self.join = _norm_last if placement == "post" else _norm_first
+        self.mixer = config.mixer.build(width, depth, norm.eps, context, config.linear) if config.mixer else None
+        self.ffn = config.ffn.build(width, depth, config.linear) if config.ffn else None
         self.mixer_norm = norm.build(width) if config.mixer else nn.Identity()
         self.ffn_norm = norm.build(width) if config.ffn else nn.Identity()
         self.mixer_norm_out = norm.build(width) if config.mixer and placement == "peri" else nn.Identity()
@@ -91,8 +104,9 @@ class Layer(nn.Module):
         return x, angles, self.context.example(rows, length)
 
     def forward(self, x: Tensor, angles: Angles | None, documents: Documents) -> Tensor:
-        if (mixer := self.mixer) is not None:
-            x = self.join(x, lambda h: mixer(h, angles, documents), self.mixer_norm, self.mixer_norm_out)
-        if self.ffn is not None:
-            x = self.join(x, self.ffn, self.ffn_norm, self.ffn_norm_out)
-        return x
+        parts: list[Part] = []
+        if (mixer := self.mixer) is not None and not isinstance(self.mixer_norm, nn.Identity):
+            parts.append((lambda h: mixer(h, angles, documents), self.mixer_norm, self.mixer_norm_out))
+        if self.ffn is not None and not isinstance(self.ffn_norm, nn.Identity):
+            parts.append((self.ffn, self.ffn_norm, self.ffn_norm_out))
+        return self.join(x, parts)

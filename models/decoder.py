@@ -45,6 +45,8 @@ class Decoder:
         for i, block in enumerate(self.blocks):
             for problem in block.mixer.problems(self.width) if block.mixer else []:
                 raise ValueError(f"blocks.{i}.mixer.{problem}")
+        for problem in self.linear_problems(1):
+            raise ValueError(problem)
 
     def tensor_problems(self, tp: int) -> list[str]:
         """What keeps the layers from being spread over `tp` ranks."""
@@ -54,10 +56,20 @@ class Decoder:
             for name, part in (("mixer", block.mixer), ("ffn", block.ffn))
             for problem in (part.tensor_problems(tp) if part else [])
         ]
+        found += self.linear_problems(tp)
         if (self.vocabulary or 64) % tp:
             given = f"vocabulary={self.vocabulary}" if self.vocabulary else "vocabulary=null, rounded up to 64"
             found.append(f"{given}: must be a multiple of parallel.tp={tp}; give one that holds the tokenizer's")
         return found
+
+    def linear_problems(self, tp: int) -> list[str]:
+        """What keeps the layers' products, cut over `tp` ranks, from being built as they are asked for."""
+        return [
+            f"blocks.{i}.linear: {name}.{problem}"
+            for i, block in enumerate(self.blocks)
+            for name, part in (("mixer", block.mixer), ("ffn", block.ffn))
+            for problem in (part.linear_problems(block.linear, self.width, tp) if part else [])
+        ]
 
     @property
     def depth(self) -> int:

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from farspan.kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from farspan.kernels.random import Normal
 
 
@@ -57,7 +57,11 @@ class RMSNorm(nn.Module):
         return 0  # no products: bandwidth, not arithmetic
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
+
+    def add(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+        """x + branch, and its norm, in one pass."""
+        return add_rms_norm(x, branch, self.weight, self.eps)
 
 
 class LayerNorm(nn.Module):
@@ -76,7 +80,11 @@ class LayerNorm(nn.Module):
         return 0  # no products: bandwidth, not arithmetic
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
+    def add(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+        """x + branch, and its norm, in one pass."""
+        return add_layer_norm(x, branch, self.weight, self.bias, self.eps)
 
 
 def _check_eps(eps: float) -> None:

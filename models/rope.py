@@ -151,10 +151,3 @@ class Rope:
         amplitude = 1.0 if self.scaling is None else self.scaling.amplitude
         cos, sin = (amplitude * turned for turned in (angles.cos(), angles.sin()))
         return cos.float().unsqueeze(2), sin.float().unsqueeze(2)
-
-
-def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    """Turns x (B T H K) by the angles, in at least fp32; the result has x's type."""
-    cos, sin = angles
-    a, b = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)

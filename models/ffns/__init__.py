@@ -1,8 +1,8 @@
 """Feed-forward layers: what a token does by itself."""
 
-from farspan.models.ffns.squared_relu import SquaredRelu
-from farspan.models.ffns.swiglu import Swiglu
+from farspan.models.ffns.gated import Geglu, Swiglu
+from farspan.models.ffns.plain import PolyNorm, SquaredRelu
 
-Ffn = Swiglu | SquaredRelu
+Ffn = Swiglu | Geglu | SquaredRelu | PolyNorm
 
-__all__ = ["Ffn", "SquaredRelu", "Swiglu"]
+__all__ = ["Ffn", "Geglu", "PolyNorm", "SquaredRelu", "Swiglu"]

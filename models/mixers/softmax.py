@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from farspan.kernels.random import Normal
+from farspan.kernels.rope import qk_norm_rope, rope, rope_
+from farspan.models.linear import Linear, Plain, together
 from farspan.models.norm import RMSNorm
-from farspan.models.rope import Rope, rotate
+from farspan.models.rope import Rope
 from farspan.parallel.context import Context, Runtime
 from farspan.parallel.context.shard import Documents
 from farspan.parallel.placement import Column, Placement, Row
@@ -78,20 +80,34 @@ class Softmax:
         kv_heads = self.kv_heads or self.heads
         return [f"parallel.context.{p}" for p in context.problems(cp, self.heads // tp, max(1, kv_heads // tp))]
 
-    def build(self, width: int, depth: int, eps: float, context: Runtime) -> "SoftmaxMixer":
-        return SoftmaxMixer(self, width, depth, eps, context)
+    def linear_problems(self, linear: Linear, width: int, tp: int) -> list[str]:
+        """What keeps the projections, cut over `tp` ranks, from being built as `linear`."""
+        inner, shared = (heads * self.key_dim(width) for heads in (self.heads, self.kv_heads or self.heads))
+        shared = max(shared // tp, self.key_dim(width))  # fewer key heads than ranks are held more than once
+        sizes = {"to_q": (width, inner // tp), "to_k": (width, shared), "to_out": (inner // tp, width)}
+        return [found for name, size in sizes.items() for found in linear.problems(*size, name)]
+
+    def build(
+        self,
+        width: int,
+        depth: int,
+        eps: float,
+        context: Runtime,
+        linear: Linear = Plain(),  # noqa: B008 - frozen
+    ) -> "SoftmaxMixer":
+        return SoftmaxMixer(self, width, depth, eps, context, linear)
 
 
 class SoftmaxMixer(nn.Module):
-    def __init__(self, config: Softmax, width: int, depth: int, eps: float, context: Runtime) -> None:
+    def __init__(self, config: Softmax, width: int, depth: int, eps: float, context: Runtime, linear: Linear) -> None:
         super().__init__()
         self.config, self.depth, self.context = config, depth, context
         self.key_dim = config.key_dim(width)
         inner, shared = config.heads * self.key_dim, (config.kv_heads or config.heads) * self.key_dim
-        self.to_q = nn.Linear(width, inner, bias=False)
-        self.to_k = nn.Linear(width, shared, bias=False)
-        self.to_v = nn.Linear(width, shared, bias=False)
-        self.to_out = nn.Linear(inner, width, bias=False)
+        self.to_q = linear.build(width, inner)
+        self.to_k = linear.build(width, shared)
+        self.to_v = linear.build(width, shared)
+        self.to_out = linear.build(inner, width)
         self.norm_q = RMSNorm(self.key_dim, eps) if config.qk_norm else None
         self.norm_k = RMSNorm(self.key_dim, eps) if config.qk_norm else None
         self.sinks = nn.Parameter(torch.empty(config.heads)) if config.sinks else None
@@ -116,13 +132,9 @@ class SoftmaxMixer(nn.Module):
         return 2 * sum(lengths) * weights + 4 * pairs * self.config.heads * self.key_dim
 
     def forward(self, x: Tensor, angles: Angles | None, documents: Documents) -> Tensor:
-        q = self.to_q(x).unflatten(-1, (-1, self.key_dim))  # B T H K
-        k = self.to_k(x).unflatten(-1, (-1, self.key_dim))  # B T Hkv K
-        v = self.to_v(x).unflatten(-1, (-1, self.key_dim))  # B T Hkv K
-        if self.norm_q is not None and self.norm_k is not None:
-            q, k = self.norm_q(q), self.norm_k(k)
-        if angles is not None:
-            q, k = rotate(q, angles), rotate(k, angles)
+        joined = together(x, self.to_q, self.to_k, self.to_v)
+        q, k, v = (y.unflatten(-1, (-1, self.key_dim)) for y in joined)  # B T H K, and twice B T Hkv K
+        q, k = self.placed(q, k, angles)
         config = self.config
         out = self.context.attend(
             q,
@@ -136,6 +148,19 @@ class SoftmaxMixer(nn.Module):
         )
         mixed: Tensor = self.to_out(out.flatten(-2))  # B T D
         return mixed
+
+    def placed(self, q: Tensor, k: Tensor, angles: Angles | None) -> tuple[Tensor, Tensor]:
+        """q B T H K and k B T Hkv K, normed and turned by their places; without gradients q and k are overwritten."""
+        if self.norm_q is not None and self.norm_k is not None:
+            if angles is None:
+                return self.norm_q(q), self.norm_k(k)
+            return qk_norm_rope(q, k, self.norm_q.weight, self.norm_k.weight, self.norm_q.eps, *angles)
+        if angles is None:
+            return q, k
+        if torch.is_grad_enabled():
+            return rope(q, k, *angles)
+        rope_(q, k, *angles)
+        return q, k
 
 
 def _pairs(length: int, window: int | None) -> int:
