@@ -115,13 +115,13 @@ class Bench:
 
     def time(self, run: Callable[[], object]) -> float:
         """Seconds of a call: the median of repeats, of the slowest rank."""
-        for _ in range(2):
-            torch.cuda.synchronize()
-            begun = time.perf_counter()
-            run()
-            torch.cuda.synchronize()
-            if (once := self.slowest(time.perf_counter() - begun)) > 1.0:
-                return once  # a second drowns all that a first call does besides
+        run()  # graphs are built, kernels loaded
+        torch.cuda.synchronize()
+        begun = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        if (once := self.slowest(time.perf_counter() - begun)) > 1.0:
+            return once
         often = max(1, min(20, int(0.02 / once)))
         found = []
         for _ in range(self.repeats if once < 0.2 else 1):

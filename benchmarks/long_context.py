@@ -24,6 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--tokens", type=int, nargs="*", default=[65536, 262144], help="tokens of a GPU")
+    parser.add_argument("--only", choices=("one GPU", "cp 2"), help="of the two settings; default: both")
     parser.add_argument("overrides", nargs="*", help="of configs/long_context_1b.yaml")
     parsed = parser.parse_args()
     rows = []
@@ -31,6 +32,8 @@ def main() -> None:
         folder = Path(temporary)
         for tokens in parsed.tokens:
             for name, overrides in settings(tokens).items():
+                if parsed.only and not name.startswith(parsed.only):
+                    continue
                 whole = [one_document(folder), "data.held_out=0", *overrides, *parsed.overrides]
                 lines = train(folder, name, parsed.steps, whole, "long_context_1b", 2)
                 rows.append({"setting": name, **told(lines, tokens, 1 if "one" in name else 2)})
@@ -39,7 +42,7 @@ def main() -> None:
 
 
 def told(lines: list[dict[str, Any]], tokens: int, gpus: int) -> dict[str, float]:
-    later = lines[len(lines) // 3 :]
+    later = lines[max(1, len(lines) // 3) :]  # the first step compiles
     memory = max(line["memory_gb"] for line in lines)
     return {
         "tokens/s a GPU": median(line["tokens_per_second"] for line in later) / gpus,
