@@ -20,6 +20,7 @@ from record import record
 from torch import Tensor, nn
 from training import one_document, train
 
+PLAIN = "trainer, packed, 8 a step, without the kernels"
 WIDTH, HIDDEN, DEPTH, HEADS, KV_HEADS, VOCABULARY, LENGTH = 2048, 8192, 16, 32, 8, 128256, 8192
 PEAK = 989.5e12
 
@@ -55,6 +56,7 @@ def settings(folder: Path) -> dict[str, list[str] | None]:
         "trainer, whole rows, 2 a step": [*whole, "train.batch=2"],
         "trainer, whole rows, 8 a step": whole,
         "trainer, packed, 8 a step": [],
+        PLAIN: [],
         "trainer, packed, keep 1": ["train.recompute=selective", "train.keep=1"],
         "trainer, packed, block": ["train.recompute=block"],
     }
@@ -67,7 +69,7 @@ def measure(name: str, overrides: list[str] | None, folder: Path, steps: int) ->
         said = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         found: dict[str, float | str] = json.loads(said.stdout.strip().splitlines()[-1])
         return found
-    lines = train(folder, name, steps, overrides)
+    lines = train(folder, name, steps, overrides, plain=name == PLAIN)
     later = lines[len(lines) // 3 :]
     speed = median(line["tokens_per_second"] for line in later)
     return {

@@ -34,12 +34,17 @@ class Decoder:
     placement: NormPlacement = "pre"
     """Where the norms stand, see `farspan.models.block.Layer`. pre and peri norm the last layer's output as well, and
     peri the embedding, as its paper has it; under post the last layer has done so already."""
+    z_loss: float = 0.0
+    """What the squared log-sum-exp of a token's logits weighs in its training loss, which keeps logits small
+    (Chowdhery et al., 2022: 1e-4). Evaluation leaves it out."""
 
     def __post_init__(self) -> None:
         if self.width < 1:
             raise ValueError(f"width={self.width}: must be at least 1")
         if not self.blocks:
             raise ValueError("blocks=[]: needs at least one block")
+        if self.z_loss < 0:
+            raise ValueError(f"z_loss={self.z_loss}: must not be negative; 1e-4 is usual, 0 for none")
         if self.vocabulary is not None and self.vocabulary < 2:
             raise ValueError(f"vocabulary={self.vocabulary}: must be at least 2, or null")
         for i, block in enumerate(self.blocks):
@@ -116,6 +121,7 @@ class DecoderModel(nn.Module):
         """(first layer, how many) of each run of equal layers."""
         self.vocabulary: Vocabulary = Whole()
         self.rotations = [layer.rotation for layer in layers]
+        self.z_loss = config.z_loss
 
     def placements(self) -> dict[str, Placement]:
         names = ["embed.weight"] if self.head is None else ["embed.weight", "head.weight"]
@@ -140,7 +146,7 @@ class DecoderModel(nn.Module):
         head = self.embed.weight if self.head is None else self.head.weight
         if at is not None:
             return self.vocabulary.logits(self.norm(x), head, at)
-        return self.vocabulary.loss(self.norm(x), head, batch.labels)
+        return self.vocabulary.loss(self.norm(x), head, batch.labels, self.z_loss if torch.is_grad_enabled() else 0.0)
 
     def angles(self, positions: Tensor) -> dict[tuple[Rope, int], Angles]:
         """The rotations that the layers use, each computed once."""

@@ -23,8 +23,11 @@ class Vocabulary(Protocol):
     def embed(self, tokens: Tensor, table: Tensor) -> Tensor:
         """tokens: B T, table: this rank's rows of V D -> B T/tp D."""
 
-    def loss(self, hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
-        """hidden: B T/tp D, head: this rank's rows of V D, labels: B T -> summed loss in nats, alike on all of tp."""
+    def loss(self, hidden: Tensor, head: Tensor, labels: Tensor, z_loss: float) -> Tensor:
+        """hidden: B T/tp D, head: this rank's rows of V D, labels: B T -> summed loss in nats, alike on all of tp.
+
+        z_loss: what the squared log-sum-exp of each token's logits weighs in it.
+        """
 
     def logits(self, hidden: Tensor, head: Tensor, at: Tensor) -> Tensor:
         """Logits N V at places `at` of row 0."""
@@ -36,8 +39,8 @@ class Whole:
     def embed(self, tokens: Tensor, table: Tensor) -> Tensor:
         return F.embedding(tokens, table)
 
-    def loss(self, hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
-        return linear_cross_entropy(hidden.flatten(0, 1), head, labels.flatten(), IGNORE)
+    def loss(self, hidden: Tensor, head: Tensor, labels: Tensor, z_loss: float) -> Tensor:
+        return linear_cross_entropy(hidden.flatten(0, 1), head, labels.flatten(), IGNORE, z_loss=z_loss)
 
     def logits(self, hidden: Tensor, head: Tensor, at: Tensor) -> Tensor:
         return hidden[0, at] @ head.T
@@ -55,10 +58,10 @@ class Spread:
         known = (places >= 0) & (places < table.shape[0])
         return scatter(F.embedding(torch.where(known, places, 0), table) * known.unsqueeze(-1), self.group)
 
-    def loss(self, hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
-        first = self.group.rank * head.shape[0]
+    def loss(self, hidden: Tensor, head: Tensor, labels: Tensor, z_loss: float) -> Tensor:
+        first, every = self.group.rank * head.shape[0], labels.flatten()
         tokens = gather(hidden, self.group).flatten(0, 1)
-        return linear_cross_entropy(tokens, head, labels.flatten(), IGNORE, first=first, merge=self._merge)
+        return linear_cross_entropy(tokens, head, every, IGNORE, z_loss=z_loss, first=first, merge=self._merge)
 
     def logits(self, hidden: Tensor, head: Tensor, at: Tensor) -> Tensor:
         parts = gather_rows(gather(hidden, self.group)[0, at] @ head.T, self.group)  # tp N V/tp

@@ -204,6 +204,19 @@ def test_equals_its_formula(name: str, style: str, tied: bool) -> None:
         torch.testing.assert_close(left, right, rtol=1e-8, atol=1e-10)
 
 
+def test_z_loss_keeps_the_logits_of_training_small_and_stays_out_of_evaluation() -> None:
+    model, given = build(MIXERS["full"], dtype=torch.float64), batch((13,))
+    plain = model(given)
+    logits = model(given, torch.arange(13)).detach()
+    counted = logits.logsumexp(1)[given.labels[0] != IGNORE]
+    model.z_loss = 0.01
+    torch.testing.assert_close(model(given), plain + 0.01 * counted.square().sum())
+    with torch.no_grad():
+        torch.testing.assert_close(model(given), plain)
+    with pytest.raises(ValueError, match="z_loss=-1: must not be negative"):
+        Decoder(width=8, blocks=(Block(mixer=FULL, ffn=None),), z_loss=-1)
+
+
 @pytest.mark.parametrize("name", ["full", "window"])
 def test_flops_are_what_torch_counts(name: str) -> None:
     from torch.utils.flop_counter import FlopCounterMode
