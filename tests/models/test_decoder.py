@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -215,6 +216,27 @@ def test_z_loss_keeps_the_logits_of_training_small_and_stays_out_of_evaluation()
         torch.testing.assert_close(model(given), plain)
     with pytest.raises(ValueError, match="z_loss=-1: must not be negative"):
         Decoder(width=8, blocks=(Block(mixer=FULL, ffn=None),), z_loss=-1)
+
+
+def test_packed_batches_of_other_documents_compile_nothing_new() -> None:
+    """As the loader gives them: the last bound of a row's documents repeats up to a power of two."""
+    model, graphs = build(MIXERS["full"]), []
+
+    def counting(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    for layer in model.layers:
+        layer.forward = torch.compile(layer.forward, backend=counting)  # type: ignore[method-assign]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(10):
+        ends = torch.randperm(63, generator=generator)[: int(torch.randint(2, 15, (), generator=generator))] + 1
+        bounds = [0, *sorted(ends.tolist()), 64]
+        given = batch(tuple(b - a for a, b in pairwise(bounds)))
+        padded = torch.tensor(bounds + [64] * (16 - len(bounds)), dtype=torch.int32)
+        model(replace(given, cu_seqlens=padded)).backward()
+    assert len(graphs) == 1  # two equal layers, ten batches
 
 
 @pytest.mark.parametrize("name", ["full", "window"])
