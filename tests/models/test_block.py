@@ -7,7 +7,7 @@ from torch import Tensor
 from farspan.kernels.random import key
 from farspan.models.block import Block, Layer, NormPlacement
 from farspan.models.decoder import Decoder, initial
-from farspan.models.ffns import SquaredRelu
+from farspan.models.ffns import SquaredRelu, Swiglu
 from farspan.models.mixers import Softmax
 from farspan.models.norm import Layer as LayerNorm
 from farspan.models.norm import Rms
@@ -71,3 +71,41 @@ def test_post_norm_passes_gradients_at_any_depth(depth: int) -> None:
     upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
     gradient = torch.autograd.grad(out, x, upstream)[0]
     assert 0.7 < gradient.norm() / upstream.norm() < 1.5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs one NVIDIA GPU")
+def test_gpu_a_captured_step_takes_documents_of_any_lengths() -> None:
+    """Forward and backward of a layer in a CUDA graph, replayed with other numbers in the same x and cu_seqlens."""
+    block = Block(mixer=Softmax(heads=4, kv_heads=2, qk_norm=True), ffn=Swiglu(hidden=512))
+    with torch.device("cuda"):
+        layer = filled(block.build(256, 2, Rms(), "pre", Local())).bfloat16()
+    generator = torch.Generator().manual_seed(0)
+    bounds = torch.zeros(17, dtype=torch.int32, device="cuda")
+    x = torch.zeros(2, 512, 256, dtype=torch.bfloat16, device="cuda").requires_grad_()
+    upstream = torch.randn(x.shape, generator=generator).bfloat16().cuda()
+    angles = layer.example(2, 512)[1]
+    leaves = [x, *layer.parameters()]
+
+    def refill() -> None:
+        ends = (torch.randperm(1023, generator=generator)[:13] + 1).sort().values.tolist()
+        ends = sorted({0, *ends, 512, 1024})
+        bounds.copy_(torch.tensor(ends + [1024] * (17 - len(ends)), dtype=torch.int32))
+        x.detach().copy_(torch.randn(x.shape, generator=generator))
+
+    def step() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(layer(x, angles, Documents(bounds)), leaves, upstream)
+
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    refill()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(3):
+        refill()
+        graph.replay()
+        for found, wanted in zip(captured, step(), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=0, atol=2e-2 * wanted.abs().max().item())
