@@ -15,16 +15,21 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from record import record
-from torch import Tensor, nn
+from torch import Tensor
 from triton.testing import do_bench, do_bench_cudagraph
 
 from farspan.kernels.adaln import add_adaln, add_adaln_ref
 from farspan.kernels.linear_cross_entropy import linear_cross_entropy
 from farspan.kernels.norm import add_rms_norm, layer_norm, rms_norm
 from farspan.kernels.rope import qk_norm_rope, rope, rope_ref
-from farspan.kernels.softmax_attention import attend
 from farspan.kernels.swiglu import geglu, swiglu
-from farspan.models.linear import Fp8, Linear, Plain, together
+from farspan.models.block import Block
+from farspan.models.ffns import Swiglu
+from farspan.models.linear import Fp8, Plain
+from farspan.models.mixers import Softmax
+from farspan.models.norm import Rms
+from farspan.parallel.context.local import Local
+from farspan.parallel.context.shard import Documents
 
 Run = Callable[..., Any]
 EPS = 1e-5
@@ -263,36 +268,24 @@ def losses() -> Iterator[Cell]:
         )
 
 
-class Dense(nn.Module):
-    """A layer of Llama-3-8B's shapes."""
-
-    def __init__(self, kind: Linear) -> None:
-        super().__init__()
-        width, hidden, shared = 4096, 14336, 1024
-        self.q, self.k, self.v, self.out = (kind.build(width, n) for n in (width, shared, shared, width))
-        self.gate, self.up, self.down = kind.build(width, hidden), kind.build(width, hidden), kind.build(hidden, width)
-        self.norms = nn.ParameterList(nn.Parameter(torch.ones(width)) for _ in range(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        joined = together(rms_norm(x, self.norms[0], EPS), self.q, self.k, self.v)
-        q, k, v = (y.unflatten(-1, (-1, 128)) for y in joined)
-        x, h = add_rms_norm(x, self.out(attend(q, k, v, causal=True)[0].flatten(2)), self.norms[1], EPS)
-        return x + self.down(swiglu(*together(h, self.gate, self.up)))
-
-
 def eight_bits() -> Iterator[Cell]:
-    """Of one shape at a time, so that memory holds one block only."""
+    """A layer of Llama-3-8B's shapes, one kind after the other, so that memory holds one of them."""
     kinds = {"bf16": Plain(), "ours": Fp8(), "fp8, bf16 dw": Fp8(weight_gradient="bf16"), "block": Fp8(recipe="block")}
     batch, tokens = 2, 8192
     products = 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336)
     attention = 2 * 4096 * tokens  # causal: half of the pairs, two products
     for name, kind in kinds.items():
-        layer = Dense(kind).cuda().bfloat16()
+        block = Block(mixer=Softmax(heads=32, kv_heads=8), ffn=Swiglu(hidden=14336), linear=kind)
+        with torch.device("cuda"):
+            layer = block.build(4096, 32, Rms(), "pre", Local()).bfloat16()
+        for each in layer.parameters():
+            torch.nn.init.normal_(each, std=0.02) if each.dim() == 2 else torch.nn.init.ones_(each)
+        angles = layer.example(batch, tokens)[1]
         yield Cell(
             "8B block in fp8",
             f"{batch} x {tokens}",
             (normal(batch, tokens, 4096), *layer.parameters()),
-            {name: lambda x, *_, layer=layer: layer(x)},
+            {name: lambda x, *_, layer=layer, angles=angles: layer(x, angles, Documents())},
             flops=3 * batch * tokens * (2 * products + attention),
             repeats=8,
             notes={name: "ceiling: bf16 products"},

@@ -80,6 +80,13 @@ def store_sums(p_sums, tile, b_d: tl.constexpr, width: tl.constexpr, first=0):  
     tl.store(p_sums + column, tl.sum(tile, 0), mask=column < width)
 
 
+@triton.jit
+def store_largest(p_largest, tile, b_d: tl.constexpr, width: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Writes the largest number of each column of a tile."""
+    column = tl.arange(0, b_d)
+    tl.store(p_largest + column, tl.max(tile, 0), mask=column < width)
+
+
 def column_sums(parts: Tensor, totals: Sequence[Tensor]) -> None:
     """totals[k] = the sum of parts[k] over P, always in the same order: parts K G P D fp32, at most three totals G D.
 

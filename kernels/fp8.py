@@ -21,7 +21,19 @@ from farspan.kernels.fp8_quantise import (
     transpose_ref,
 )
 
-__all__ = ["PRODUCT", "Gradient", "Quantised", "Recipe", "fp8_linear", "fp8_linear_ref", "linear_problems", "quantise"]
+__all__ = [
+    "PRODUCT",
+    "Coded",
+    "Gradient",
+    "Quantised",
+    "Recipe",
+    "coded",
+    "coded_rows",
+    "fp8_linear",
+    "fp8_linear_ref",
+    "linear_problems",
+    "quantise",
+]
 
 Gradient = Literal["fp8", "bf16"]
 """What the product for the weight's gradient is made of."""
@@ -39,6 +51,27 @@ class Quantised(NamedTuple):
     scale: Tensor
     transposed: Tensor | None = None
     transposed_scale: Tensor | None = None
+
+
+class Coded(NamedTuple):
+    """What linear layers read in place of x ... K: its codes, and where gradients go to.
+
+    `place` has the shape and type of x, and its numbers are nobody's to read: where a producer makes codes in place of
+    x, it is a view of one number.
+    """
+
+    place: Tensor
+    codes: Quantised
+
+
+def coded(x: Tensor, recipe: Recipe, *, transposed: bool) -> Coded:
+    """x ... K beside its codes."""
+    return Coded(x, quantise(x.detach().reshape(-1, x.shape[-1]), recipe, transposed=transposed))
+
+
+def coded_rows(place: Tensor, values: Tensor, scale: Tensor, columns: Tensor, *, transposed: bool) -> Coded:
+    """Codes of rows as a producer made them, and on demand those of the transpose; columns: the largest of each, K."""
+    return Coded(place, Quantised(values, scale, *(TRANSPOSE(values, scale, columns) if transposed else ())))
 
 
 @torch.no_grad()

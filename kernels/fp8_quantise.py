@@ -163,7 +163,7 @@ def _wide_rows(p_values, p_scale, p_x, rows, padded, width, x_row, b_k: tl.const
 
 def _launch_rows(x: Tensor, columns: bool) -> tuple[Tensor, Tensor, Tensor]:
     x, (rows, width) = _dense(x), x.shape
-    values, scale, largest = _rows_shapes(x, columns)
+    values, scale, largest = codes_shapes(x, columns)
     sizes = (rows, padded := values.shape[0], width, x.stride(0))
     if not values.numel():
         return values, scale, largest.zero_()
@@ -370,10 +370,12 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _rows_shapes(x: Tensor, columns: bool) -> tuple[Tensor, Tensor, Tensor]:
-    padded = _padded(x.shape[0], "row")
-    values, scale = x.new_empty(padded, x.shape[1], dtype=CODES), x.new_empty(padded, 1, dtype=torch.float32)
-    return values, scale, scale.new_empty(x.shape[1] if columns else 0)
+def codes_shapes(x: Tensor, columns: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Of x ... K: codes of its rows T' K, their scales T' 1, and room for the largest of each column, K or 0."""
+    width = x.shape[-1]
+    padded = _padded(x.shape[:-1].numel(), "row")
+    scale = x.new_empty(padded, 1, dtype=torch.float32)
+    return x.new_empty(padded, width, dtype=CODES), scale, scale.new_empty(width if columns else 0)
 
 
 def _columns_shapes(values: Tensor, scale: Tensor) -> Tensor:
@@ -401,7 +403,7 @@ def _either(ref: Any, launch: Any) -> Any:
 
 
 ROWS = define(
-    "fp8_rows(Tensor x, bool columns) -> (Tensor, Tensor, Tensor)", _either(rows_ref, _launch_rows), _rows_shapes
+    "fp8_rows(Tensor x, bool columns) -> (Tensor, Tensor, Tensor)", _either(rows_ref, _launch_rows), codes_shapes
 )
 COLUMNS = define(
     "fp8_columns(Tensor values, Tensor scale) -> Tensor", _either(columns_ref, _launch_columns), _columns_shapes

@@ -7,13 +7,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from farspan.kernels.define import define, triton_runs
-from farspan.kernels.norm_tiles import launch_backward, launch_forward
+from farspan.kernels.fp8 import Coded, coded, coded_rows
+from farspan.kernels.fp8_quantise import ROWS, codes_shapes
+from farspan.kernels.norm_tiles import WIDEST_FORWARD, launch_backward, launch_codes, launch_forward
 
 __all__ = [
     "add_layer_norm",
     "add_layer_norm_ref",
     "add_rms_norm",
     "add_rms_norm_ref",
+    "coded_layer_norm",
+    "coded_rms_norm",
     "layer_norm",
     "layer_norm_ref",
     "rms_norm",
@@ -98,6 +102,40 @@ def add_layer_norm(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor | Non
     return total, normed
 
 
+def coded_rms_norm(
+    x: Tensor, branch: Tensor | None, weight: Tensor, eps: float, *, transposed: bool
+) -> tuple[Tensor, Coded]:
+    """total = x + branch as in `add_rms_norm`, or x, and of rms_norm(total) the codes that fp8 products read, no more.
+
+    They are bit for bit those of `quantise(rms_norm(total), "row")`: numbers are rounded to x's type before they are
+    coded, and the gradients are those of `rms_norm`. transposed: with the codes of the transpose, which the weight's
+    gradient reads.
+    """
+    _check("coded_rms_norm", x, branch, weight, None)
+    if not triton_runs(x, weight, *(() if branch is None else (branch,))):
+        total = x if branch is None else _add_ref(x, branch)
+        return total, coded(rms_norm_ref(total, weight, eps), "row", transposed=transposed)
+    return _coded(x, branch, weight, None, eps, False, transposed)
+
+
+def coded_layer_norm(
+    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, *, transposed: bool
+) -> tuple[Tensor, Coded]:
+    """`coded_rms_norm` for `layer_norm`."""
+    _check("coded_layer_norm", x, branch, weight, bias)
+    if not triton_runs(x, weight, *(y for y in (branch, bias) if y is not None)):
+        total = x if branch is None else _add_ref(x, branch)
+        return total, coded(layer_norm_ref(total, weight, bias, eps), "row", transposed=transposed)
+    return _coded(x, branch, weight, bias, eps, True, transposed)
+
+
+def _coded(
+    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, centred: bool, transposed: bool
+) -> tuple[Tensor, Coded]:
+    *total, place, values, scale, columns = _CodedNorm.apply(x, branch, weight, bias, eps, centred, transposed)
+    return total[0] if total else x, coded_rows(place, values, scale, columns, transposed=transposed)
+
+
 def _check(name: str, x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor | None) -> None:
     width = x.shape[-1:]
     for what, given in (("weight", weight), ("bias", bias)):
@@ -121,16 +159,47 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        total, stats, weight, bias = ctx.saved_tensors
-        d_normed, d_total = upstream[-1], None if ctx.branch is None else upstream[0]
-        if d_normed is None:
-            d_x, sums = d_total, []
-        else:
-            d_x, *sums = norm_backward(d_normed, d_total, total, stats, weight, bias, ctx.centred)
-        # x and branch get one tensor: autograd adds in place only to what nobody else holds.
-        d_branch = None if d_x is None or ctx.branch is None else d_x.to(ctx.branch)
-        d_weight, d_bias = (*sums, None, None)[:2]
-        return d_x, d_branch, d_weight, d_bias, None, None
+        return *_gradients(ctx, upstream[-1], None if ctx.branch is None else upstream[0]), None, None
+
+
+class _CodedNorm(torch.autograd.Function):
+    """Instead of what is normed a place for its gradient, a tensor of its shape without memory, and the codes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        branch: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        eps: float,
+        centred: bool,
+        columns: bool,
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.centred, ctx.branch = centred, None if branch is None else branch.dtype
+        values, scale, largest, stats, *total = norm_codes(x, branch, weight, bias, eps, centred, columns)
+        ctx.save_for_backward(*(total or (x,)), stats, weight, bias)
+        ctx.mark_non_differentiable(values, scale, largest)
+        return *total, x.new_empty(()).expand(x.shape), values, scale, largest
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        return *_gradients(ctx, upstream[-4], None if ctx.branch is None else upstream[0]), None, None, None
+
+
+def _gradients(ctx: Any, d_normed: Tensor | None, d_total: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Of x, branch, weight and bias."""
+    total, stats, weight, bias = ctx.saved_tensors
+    if d_normed is None:
+        d_x, sums = d_total, []
+    else:
+        d_x, *sums = norm_backward(d_normed, d_total, total, stats, weight, bias, ctx.centred)
+    # x and branch get one tensor: autograd adds in place only to what nobody else holds.
+    d_branch = None if d_x is None or ctx.branch is None else d_x.to(ctx.branch)
+    d_weight, d_bias = (*sums, None, None)[:2]
+    return d_x, d_branch, d_weight, d_bias
 
 
 def _norm(
@@ -146,8 +215,34 @@ def _norm_shapes(
     x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, centred: bool
 ) -> list[Tensor]:
     """normed; 1/deviation and, of LayerNorm, the mean as 1 or 2 times ... in fp32; total where there is a branch."""
+    return [x.new_empty(x.shape), *_rest_shapes(x, branch, centred)]
+
+
+def _rest_shapes(x: Tensor, branch: Tensor | None, centred: bool) -> list[Tensor]:
     stats = x.new_empty((1 + centred, *x.shape[:-1]), dtype=torch.float32)
-    return [x.new_empty(x.shape), stats, *([] if branch is None else [x.new_empty(x.shape)])]
+    return [stats] if branch is None else [stats, x.new_empty(x.shape)]
+
+
+def _norm_codes(
+    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, centred: bool, columns: bool
+) -> list[Tensor]:
+    width = x.shape[-1]
+    if width > WIDEST_FORWARD:  # rows that no program holds are read again
+        normed, *rest = _norm(x, branch, weight, bias, eps, centred)
+        return [*ROWS(normed.view(-1, width), columns), *rest]
+    found = _norm_codes_shapes(x, branch, weight, bias, eps, centred, columns)
+    if x.numel():
+        launch_codes(x, branch, weight, bias, eps, centred, found)
+    else:
+        found[2].zero_()
+    return found
+
+
+def _norm_codes_shapes(
+    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, centred: bool, columns: bool
+) -> list[Tensor]:
+    """Codes of rows, their scales, and their columns' largest or nothing; then as `_norm_shapes` after normed."""
+    return [*codes_shapes(x, columns), *_rest_shapes(x, branch, centred)]
 
 
 def _norm_backward(
@@ -183,6 +278,12 @@ norm = define(
     "norm(Tensor x, Tensor? branch, Tensor weight, Tensor? bias, float eps, bool centred) -> Tensor[]",
     _norm,
     _norm_shapes,
+)
+norm_codes = define(
+    "norm_codes(Tensor x, Tensor? branch, Tensor weight, Tensor? bias, float eps, bool centred, bool columns) "
+    "-> Tensor[]",
+    _norm_codes,
+    _norm_codes_shapes,
 )
 norm_backward = define(
     "norm_backward(Tensor d_normed, Tensor? d_total, Tensor total, Tensor stats, Tensor weight, Tensor? bias, "

@@ -6,13 +6,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from farspan.kernels.column_sums import Pace, column_sums, store_sums, vector, walk
+from farspan.kernels.column_sums import Pace, column_sums, store_largest, store_sums, vector, walk
+from farspan.kernels.fp8_quantise import COLUMNS, fp8_rows
 
 # What measurement may change. Rows that are wider are cut into blocks: the sums of a LayerNorm's backward, two vectors,
 # leave less room for rows in registers than one.
 FORWARD = Pace(tile=2048, lanes=16, resident=16384)
+CODES = Pace(tile=2048, lanes=16, resident=8192)
+"""Differs from FORWARD by how many programs there are alone, so that sums have the same order and the same last bit."""
 BACKWARD = Pace(tile=2048, lanes=16, resident=8192)
 WIDEST_FORWARD = 16384
+WIDEST_COLUMNS = 8192
 WIDEST_RMS = 16384
 WIDEST_LAYER = 8192
 BLOCK = 4096
@@ -51,6 +55,8 @@ def _forward(  # type: ignore[no-untyped-def]
     p_branch,
     p_weight,
     p_bias,
+    p_scale,
+    p_columns,
     count,
     x_row,
     branch_row,
@@ -61,12 +67,15 @@ def _forward(  # type: ignore[no-untyped-def]
     b_d: tl.constexpr,
     stages: tl.constexpr,
 ):
+    """Normed rows. With p_scale p_normed takes their codes, padded to 16 rows, and p_columns each program's largest."""
     column = tl.arange(0, b_d)[None, :]
     m_column = column < width
     weight = vector(p_weight, b_r, b_d, width)
     if p_bias is not None:
         bias = vector(p_bias, b_r, b_d, width)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(count, b_r), tl.num_programs(0), num_stages=stages):
+    ends = count if p_scale is None else tl.cdiv(count, 16) * 16
+    largest = tl.zeros((b_r, b_d), tl.float32)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(ends, b_r), tl.num_programs(0), num_stages=stages):
         row = tile * b_r + tl.arange(0, b_r).to(tl.int64)
         mask = (row < count)[:, None] & m_column
         x = tl.load(p_x + row[:, None] * x_row + column, mask=mask, other=0.0).to(tl.float32)
@@ -84,10 +93,22 @@ def _forward(  # type: ignore[no-untyped-def]
         normed = x * rstd[:, None] * weight
         if p_bias is not None:
             normed += bias
-        tl.store(p_normed + at, normed.to(p_normed.dtype.element_ty), mask=mask)
+        if p_scale is None:
+            tl.store(p_normed + at, normed.to(p_normed.dtype.element_ty), mask=mask)
+        else:
+            codes, scale = fp8_rows(tl.where(mask, normed.to(p_x.dtype.element_ty).to(tl.float32), 0.0))
+            m_padded = place < ends
+            # Stores of 16 codes a thread would lay rows out otherwise, whose sums would have another last bit.
+            at = tl.max_contiguous(at, [1, 128 // p_x.dtype.element_ty.primitive_bitwidth])
+            tl.store(p_normed + at, codes, mask=m_padded[:, None] & m_column)
+            tl.store(p_scale + place, scale, mask=m_padded)
+            if p_columns is not None:
+                largest = tl.maximum(largest, tl.abs(codes.to(tl.float32)) * scale[:, None])
         tl.store(p_stats + place, rstd, mask=m_place)
         if centred:
             tl.store(p_stats + count + place, mean, mask=m_place)
+    if p_columns is not None:
+        store_largest(p_columns + tl.program_id(0).to(tl.int64) * width, largest, b_d, width)
 
 
 @triton.jit
@@ -163,14 +184,13 @@ def launch_forward(
     (flat, x_row), (other, branch_row) = rows(x), (None, 0) if branch is None else rows(branch)
     vectors = weight.contiguous(), None if bias is None else bias.contiguous()
     normed, stats, total = (*found, None)[:3]
-    arguments = (total, normed, stats, flat, other, *vectors, count, x_row, branch_row)
+    arguments, sizes = (total, normed, stats, flat, other, *vectors), (count, x_row, branch_row)
     if width > WIDEST_FORWARD:
-        _forward_wide[(count,)](*arguments, eps=eps, width=width, centred=centred, b_d=BLOCK, num_warps=8)
+        _forward_wide[(count,)](*arguments, *sizes, eps=eps, width=width, centred=centred, b_d=BLOCK, num_warps=8)
         return
-    entry = x.element_size() + (0 if branch is None else branch.element_size())
-    way = walk(FORWARD, width, entry, x.device)
+    way = walk(FORWARD, width, _entry(x, branch), x.device)
     _forward[(min(way.slots, -(-count // way.b_r)),)](
-        *arguments,
+        *(*arguments, None, None, *sizes),
         eps=eps,
         width=width,
         centred=centred,
@@ -179,6 +199,48 @@ def launch_forward(
         stages=way.stages,
         num_warps=way.warps,
     )
+
+
+def _entry(x: Tensor, branch: Tensor | None) -> int:
+    return x.element_size() + (0 if branch is None else branch.element_size())
+
+
+def launch_codes(
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    centred: bool,
+    found: list[Tensor],
+) -> None:
+    """Fills found: codes, scales, columns' largest unless that is empty, statistics and, with a branch, the total.
+
+    x has at least one entry, and rows of at most WIDEST_FORWARD.
+    """
+    width = x.shape[-1]
+    (flat, x_row), (other, branch_row) = rows(x), (None, 0) if branch is None else rows(branch)
+    vectors = weight.contiguous(), None if bias is None else bias.contiguous()
+    values, scale, largest, stats = found[:4]
+    total = found[4] if len(found) == 5 else None
+    way = walk(CODES, width, _entry(x, branch), x.device)
+    programs = min(way.slots, -(-values.shape[0] // way.b_r))
+    inside = largest.numel() and width <= WIDEST_COLUMNS
+    parts = scale.new_empty(programs, width) if inside else None
+    _forward[(programs,)](
+        *(total, values, stats, flat, other, *vectors, scale, parts, x.numel() // width, x_row, branch_row),
+        eps=eps,
+        width=width,
+        centred=centred,
+        b_r=way.b_r,
+        b_d=way.b_d,
+        stages=way.stages,
+        num_warps=way.warps,
+    )
+    if parts is not None:
+        torch.amax(parts, 0, out=largest)
+    elif largest.numel():
+        largest.copy_(COLUMNS(values, scale))
 
 
 @triton.jit(do_not_specialize=["count"])

@@ -28,7 +28,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     as the last axis is dense and all rows are evenly spaced; anything else is copied first. Saves gate and up; the
     backward forms everything else again. Kernels run on the current device. Errors: ValueError for unlike inputs.
     """
-    return _gated(gate, up, "silu") if _fits("swiglu", gate, up) else swiglu_ref(gate, up)
+    return _gated(gate, up, "silu") if fits("swiglu", gate, up) else swiglu_ref(gate, up)
 
 
 def geglu_ref(gate: Tensor, up: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ def geglu_ref(gate: Tensor, up: Tensor) -> Tensor:
 
 def geglu(gate: Tensor, up: Tensor) -> Tensor:
     """gelu(gate) ∘ up (Shazeer, 2020), with the tanh approximation of GELU; all else as in `swiglu`."""
-    return _gated(gate, up, "gelu") if _fits("geglu", gate, up) else geglu_ref(gate, up)
+    return _gated(gate, up, "gelu") if fits("geglu", gate, up) else geglu_ref(gate, up)
 
 
 def squared_relu_ref(x: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _fits(name: str, gate: Tensor, up: Tensor) -> bool:
+def fits(name: str, gate: Tensor, up: Tensor) -> bool:
     """Whether the kernels take these, once they are known to fit each other."""
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise ValueError(
@@ -83,7 +83,7 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, None]:
-        return *_GATED_BACKWARD(dout, *ctx.saved_tensors, ctx.kind), None
+        return *GATED_BACKWARD(dout, *ctx.saved_tensors, ctx.kind), None
 
 
 class _SquaredRelu(torch.autograd.Function):
@@ -104,7 +104,7 @@ class _SquaredRelu(torch.autograd.Function):
 
 
 @triton.jit
-def _activation(x, kind: tl.constexpr):  # type: ignore[no-untyped-def]
+def activation(x, kind: tl.constexpr):  # type: ignore[no-untyped-def]
     """The activation of fp32 x and its slope; finite for every finite x, NaN for NaN."""
     if kind == "silu":
         chance = 1.0 / (1.0 + tl.exp(-x))  # exp overflows to inf, and 1/inf is the 0 that is meant
@@ -139,7 +139,7 @@ def _forward(  # type: ignore[no-untyped-def]
 ):
     row, column, mask = _tile(rows, width, b_r, b_i)
     gate = tl.load(p_gate + row * gate_row + column, mask=mask, other=0.0).to(tl.float32)
-    value, _ = _activation(gate, kind)
+    value, _ = activation(gate, kind)
     if kind != "squared_relu":
         value *= tl.load(p_up + row * up_row + column, mask=mask, other=0.0).to(tl.float32)
     tl.store(p_out + row * width + column, value.to(p_out.dtype.element_ty), mask=mask)
@@ -167,11 +167,11 @@ def _backward(  # type: ignore[no-untyped-def]
     gate = tl.load(p_gate + row * gate_row + column, mask=mask, other=0.0).to(tl.float32)
     if kind != "squared_relu":
         up = tl.load(p_up + row * up_row + column, mask=mask, other=0.0).to(tl.float32)
-        value, slope = _activation(gate, kind)
+        value, slope = activation(gate, kind)
         tl.store(p_dup + place, (dout * value).to(p_dup.dtype.element_ty), mask=mask)
         tl.store(p_dgate + place, (dout * up * slope).to(p_dgate.dtype.element_ty), mask=mask)
     else:
-        value, slope = _activation(gate, kind)
+        value, slope = activation(gate, kind)
         tl.store(p_dgate + place, (dout * slope).to(p_dgate.dtype.element_ty), mask=mask)
 
 
@@ -233,7 +233,7 @@ def _run_squared_relu_backward(dout: Tensor, x: Tensor) -> Tensor:
 
 
 _GATED = define("gated(Tensor gate, Tensor up, str kind) -> Tensor", _run_gated, _like_gated)
-_GATED_BACKWARD = define(
+GATED_BACKWARD = define(
     "gated_backward(Tensor dout, Tensor gate, Tensor up, str kind) -> (Tensor, Tensor)",
     _run_gated_backward,
     _like_gated_backward,

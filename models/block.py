@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,6 @@ from farspan.parallel.context import Runtime
 from farspan.parallel.context.shard import Documents
 
 NormPlacement = Literal["pre", "post", "peri"]
-Branch = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,25 +42,36 @@ class Block:
         return Layer(self, width, depth, norm, placement, context)
 
 
-Part = tuple[Branch, RMSNorm | LayerNorm, Branch]
-"""A branch, the norm before it (or, under post, after its sum), and what its result goes through."""
+class Part(NamedTuple):
+    """A mixer or ffn and its norms."""
+
+    branch: Callable[[Any], Tensor]
+    """From a tensor, or from codes where it reads those."""
+    norm: RMSNorm | LayerNorm
+    """Before the branch; under post, after its sum."""
+    norm_out: Callable[[Tensor], Tensor]
+    reads_codes: bool
 
 
 def _norm_first(x: Tensor, parts: list[Part]) -> Tensor:
-    """x + N_out(F(N(x))), part after part; a sum and the norm that follows it are one pass."""
+    """x + N_out(F(N(x))), part after part; a sum, the norm that follows it and its codes are one pass."""
     found: Tensor | None = None
-    for branch, norm, norm_out in parts:
-        if found is None:
-            normed = norm(x)
+    for part in parts:
+        normed: Any
+        if part.reads_codes:
+            x, normed = part.norm.coded(x, found)
+        elif found is None:
+            normed = part.norm(x)
         else:
-            x, normed = norm.add(x, found)
-        found = norm_out(branch(normed))
+            x, normed = part.norm.add(x, found)
+        found = part.norm_out(part.branch(normed))
     return x if found is None else x + found
 
 
 def _norm_last(x: Tensor, parts: list[Part]) -> Tensor:
-    for branch, norm, _ in parts:
-        _, x = norm.add(x, branch(x))
+    """N(x + F(x)), part after part; the sum reads what is normed as well, so that its codes are not enough."""
+    for part in parts:
+        _, x = part.norm.add(x, part.branch(x))
     return x
 
 
@@ -106,7 +116,8 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, angles: Angles | None, documents: Documents) -> Tensor:
         parts: list[Part] = []
         if (mixer := self.mixer) is not None and not isinstance(self.mixer_norm, nn.Identity):
-            parts.append((lambda h: mixer(h, angles, documents), self.mixer_norm, self.mixer_norm_out))
+            norms = self.mixer_norm, self.mixer_norm_out
+            parts.append(Part(lambda h: mixer(h, angles, documents), *norms, mixer.reads_codes))
         if self.ffn is not None and not isinstance(self.ffn_norm, nn.Identity):
-            parts.append((self.ffn, self.ffn_norm, self.ffn_norm_out))
+            parts.append(Part(self.ffn, self.ffn_norm, self.ffn_norm_out, self.ffn.reads_codes))
         return self.join(x, parts)

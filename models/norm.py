@@ -5,7 +5,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from farspan.kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from farspan.kernels.fp8 import Coded
+from farspan.kernels.norm import (
+    add_layer_norm,
+    add_rms_norm,
+    coded_layer_norm,
+    coded_rms_norm,
+    layer_norm,
+    rms_norm,
+)
 from farspan.kernels.random import Normal
 
 
@@ -63,6 +71,10 @@ class RMSNorm(nn.Module):
         """x + branch, and its norm, in one pass."""
         return add_rms_norm(x, branch, self.weight, self.eps)
 
+    def coded(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Coded]:
+        """x + branch, or x, and the codes of its norm for layers that read nothing else."""
+        return coded_rms_norm(x, branch, self.weight, self.eps, transposed=torch.is_grad_enabled())
+
 
 class LayerNorm(nn.Module):
     """(x - mean(x)) / deviation(x) · weight + bias over the last dimension, in at least fp32 inside."""
@@ -85,6 +97,10 @@ class LayerNorm(nn.Module):
     def add(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
         """x + branch, and its norm, in one pass."""
         return add_layer_norm(x, branch, self.weight, self.bias, self.eps)
+
+    def coded(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Coded]:
+        """x + branch, or x, and the codes of its norm for layers that read nothing else."""
+        return coded_layer_norm(x, branch, self.weight, self.bias, self.eps, transposed=torch.is_grad_enabled())
 
 
 def _check_eps(eps: float) -> None:

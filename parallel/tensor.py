@@ -118,4 +118,5 @@ def _exchanging(kind: type[nn.Module]) -> type[nn.Module]:
     def forward(self: Any, x: Tensor, *rest: object) -> Tensor:
         return scatter(kind.forward(self, gather(x, self.group), *rest), self.group)
 
-    return type(f"Spread{kind.__name__}", (kind,), {"forward": forward})
+    # What travels is the tensor: its codes are made where it arrives.
+    return type(f"Spread{kind.__name__}", (kind,), {"forward": forward, "reads_codes": False})

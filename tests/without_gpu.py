@@ -46,6 +46,8 @@ class Compiled:
     shared: int
     """Bytes a block."""
     ptx: str
+    sums: tuple[str, ...]
+    """How what is summed lies over the threads, for each sum of the program: equal ones have the same last bit."""
 
 
 def compiled(kernel: Any, types: dict[str, str], fixed: dict[str, Any], **options: int) -> Compiled:
@@ -74,7 +76,34 @@ def compiled(kernel: Any, types: dict[str, str], fixed: dict[str, Any], **option
     assert ".f64" not in built.asm["ptx"], f"{function.__name__}: computes in fp64"
     assert built.metadata.shared <= SHARED_MEMORY, f"{function.__name__}: {built.metadata.shared} B of shared memory"
     registers, stack = _resources(built.asm["cubin"])
-    return Compiled(registers, stack, built.metadata.shared, built.asm["ptx"])
+    return Compiled(registers, stack, built.metadata.shared, built.asm["ptx"], _sums(built.asm["ttgir"]))
+
+
+def _sums(program: str) -> tuple[str, ...]:
+    layouts = dict(re.findall(r"^(#\w+) = (.*)$", program, re.M))
+    found = re.findall(r'"tt.reduce"\([^)]*\) [^\n]*\n(.*?)\}\) : \(tensor<[^>]*?(#[\w.]+)', program, re.S)
+    return tuple(layouts.get(layout, layout) for inside, layout in found if "arith.addf" in inside)
+
+
+def round_as_hardware_does() -> None:
+    """The interpreter cuts numbers short when it makes fp8 of them; a GPU rounds, and so does torch."""
+    import numpy as np
+    import torch
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    before = interpreter._convert_float
+
+    def convert(given: Any, source: Any, target: Any, rounding: Any) -> Any:
+        if (source, target) == (tl.float32, tl.float8e4nv):
+            codes = torch.from_numpy(np.ascontiguousarray(given).view(np.float32)).to(torch.float8_e4m3fn)
+            return codes.view(torch.uint8).numpy()
+        if (source, target) == (tl.float8e4nv, tl.float32):
+            codes = torch.from_numpy(np.ascontiguousarray(given).view(np.uint8)).view(torch.float8_e4m3fn)
+            return codes.float().numpy()
+        return before(given, source, target, rounding)
+
+    interpreter._convert_float = convert
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:

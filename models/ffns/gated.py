@@ -1,17 +1,33 @@
 """Gated feed-forward layers (Shazeer, 2020): one product decides how much of another goes on."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import sqrt
+from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
+from farspan.kernels.fp8 import Coded
 from farspan.kernels.random import Normal
 from farspan.kernels.swiglu import geglu, swiglu
+from farspan.kernels.swiglu_codes import coded_geglu, coded_swiglu
 from farspan.models.linear import Linear, Plain, together
 from farspan.parallel.placement import Column, Placement, Row
 
-Gate = Callable[[Tensor, Tensor], Tensor]
+
+class Activation(Protocol):
+    def __call__(self, gate: Tensor, up: Tensor) -> Tensor: ...
+
+
+class CodedActivation(Protocol):
+    def __call__(self, gate: Tensor, up: Tensor, *, transposed: bool) -> Coded: ...
+
+
+class Gate(NamedTuple):
+    """What is between the products: as a tensor, and as codes for a layer that reads nothing else."""
+
+    activation: Activation
+    coded: CodedActivation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +57,7 @@ class Swiglu(Gated):
     """silu(x·gate) ∘ (x·up), then down (Shazeer, 2020)."""
 
     def build(self, width: int, depth: int, linear: Linear = Plain()) -> "GatedFfn":  # noqa: B008 - frozen
-        return GatedFfn(self.hidden, width, depth, swiglu, linear)
+        return GatedFfn(self.hidden, width, depth, Gate(swiglu, coded_swiglu), linear)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,16 +65,21 @@ class Geglu(Gated):
     """gelu(x·gate) ∘ (x·up), then down, with the tanh approximation of GELU (Shazeer, 2020)."""
 
     def build(self, width: int, depth: int, linear: Linear = Plain()) -> "GatedFfn":  # noqa: B008 - frozen
-        return GatedFfn(self.hidden, width, depth, geglu, linear)
+        return GatedFfn(self.hidden, width, depth, Gate(geglu, coded_geglu), linear)
 
 
 class GatedFfn(nn.Module):
-    def __init__(self, hidden: int, width: int, depth: int, activation: Gate, linear: Linear) -> None:
+    def __init__(self, hidden: int, width: int, depth: int, gate: Gate, linear: Linear) -> None:
         super().__init__()
-        self.depth, self.activation = depth, activation
+        self.depth, self.gate, self.linear = depth, gate, linear
         self.to_gate = linear.build(width, hidden)
         self.to_up = linear.build(width, hidden)
         self.to_out = linear.build(hidden, width)
+
+    @property
+    def reads_codes(self) -> bool:
+        """Whether `forward` takes the codes of x as well, and reads nothing else of it."""
+        return self.linear.reads_codes
 
     def initial(self) -> dict[str, Normal]:
         """The mean square of silu(g)·u is 0.36 for standard normal g and u, of gelu(g)·u 0.43: near enough to 1."""
@@ -76,7 +97,11 @@ class GatedFfn(nn.Module):
         """Forward operations for documents of these lengths: two per weight and token."""
         return 2 * sum(lengths) * 3 * self.to_out.weight.numel()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Coded) -> Tensor:
         gate, up = together(x, self.to_gate, self.to_up)
-        out: Tensor = self.to_out(self.activation(gate, up))  # B T D
+        if self.linear.reads_codes:
+            inner: Tensor | Coded = self.gate.coded(gate, up, transposed=torch.is_grad_enabled())
+        else:
+            inner = self.gate.activation(gate, up)
+        out: Tensor = self.to_out(inner)  # B T D
         return out

@@ -7,6 +7,7 @@ from math import sqrt
 import torch
 from torch import Tensor, nn
 
+from farspan.kernels.fp8 import Coded
 from farspan.kernels.poly_norm import poly_norm
 from farspan.kernels.random import Normal
 from farspan.kernels.swiglu import squared_relu
@@ -95,9 +96,14 @@ class PlainFfn(nn.Module):
         self, hidden: int, width: int, depth: int, activation: Callable[[Tensor], Tensor], linear: Linear
     ) -> None:
         super().__init__()
-        self.depth, self.activation = depth, activation
+        self.depth, self.activation, self.linear = depth, activation, linear
         self.to_up = linear.build(width, hidden)
         self.to_out = linear.build(hidden, width)
+
+    @property
+    def reads_codes(self) -> bool:
+        """Whether `forward` takes the codes of x as well, and reads nothing else of it."""
+        return self.linear.reads_codes
 
     def initial(self) -> dict[str, Normal]:
         """For a standard normal u the mean square of relu(u)² is 3/2, of PolyNorm's start 1/2: near enough to 1."""
@@ -114,6 +120,6 @@ class PlainFfn(nn.Module):
         """Forward operations for documents of these lengths: two per weight and token."""
         return 2 * sum(lengths) * 2 * self.to_out.weight.numel()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Coded) -> Tensor:
         out: Tensor = self.to_out(self.activation(self.to_up(x)))  # B T D
         return out

@@ -6,6 +6,7 @@ from math import sqrt
 import torch
 from torch import Tensor, nn
 
+from farspan.kernels.fp8 import Coded
 from farspan.kernels.random import Normal
 from farspan.kernels.rope import qk_norm_rope, rope, rope_
 from farspan.models.linear import Linear, Plain, together
@@ -101,7 +102,7 @@ class Softmax:
 class SoftmaxMixer(nn.Module):
     def __init__(self, config: Softmax, width: int, depth: int, eps: float, context: Runtime, linear: Linear) -> None:
         super().__init__()
-        self.config, self.depth, self.context = config, depth, context
+        self.config, self.depth, self.context, self.linear = config, depth, context, linear
         self.key_dim = config.key_dim(width)
         inner, shared = config.heads * self.key_dim, (config.kv_heads or config.heads) * self.key_dim
         self.to_q = linear.build(width, inner)
@@ -111,6 +112,11 @@ class SoftmaxMixer(nn.Module):
         self.norm_q = RMSNorm(self.key_dim, eps) if config.qk_norm else None
         self.norm_k = RMSNorm(self.key_dim, eps) if config.qk_norm else None
         self.sinks = nn.Parameter(torch.empty(config.heads)) if config.sinks else None
+
+    @property
+    def reads_codes(self) -> bool:
+        """Whether `forward` takes the codes of x as well, and reads nothing else of it."""
+        return self.linear.reads_codes
 
     def initial(self) -> dict[str, Normal]:
         into = Normal(0.0, self.to_q.in_features**-0.5)
@@ -131,7 +137,7 @@ class SoftmaxMixer(nn.Module):
         pairs = sum(_pairs(length, self.config.window) for length in lengths)
         return 2 * sum(lengths) * weights + 4 * pairs * self.config.heads * self.key_dim
 
-    def forward(self, x: Tensor, angles: Angles | None, documents: Documents) -> Tensor:
+    def forward(self, x: Tensor | Coded, angles: Angles | None, documents: Documents) -> Tensor:
         joined = together(x, self.to_q, self.to_k, self.to_v)
         q, k, v = (y.unflatten(-1, (-1, self.key_dim)) for y in joined)  # B T H K, and twice B T Hkv K
         q, k = self.placed(q, k, angles)

@@ -8,11 +8,21 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from without_gpu import Compiled, compiled, elsewhere
+from without_gpu import Compiled, compiled, elsewhere, round_as_hardware_does
 
 from farspan.kernels import fp8, fp8_quantise
 from farspan.kernels.define import triton_runs
-from farspan.kernels.fp8 import Gradient, Recipe, dequantise, fp8_linear, fp8_linear_ref, linear_problems, quantise
+from farspan.kernels.fp8 import (
+    Gradient,
+    Recipe,
+    coded,
+    coded_rows,
+    dequantise,
+    fp8_linear,
+    fp8_linear_ref,
+    linear_problems,
+    quantise,
+)
 from farspan.kernels.fp8_quantise import (
     BLOCKS,
     CODES,
@@ -219,11 +229,24 @@ def test_codes_from_elsewhere_take_the_place_of_x(recipe: Recipe) -> None:
         gradients(fp8_linear, handle, weight, dy, recipe=recipe, quantised=codes), wanted, strict=True
     ):
         assert torch.equal(found, want)
+    beside = coded(x.view(1, 37, 128), recipe, transposed=True)
+    assert beside.place.data_ptr() == x.data_ptr()
+    for code, want in zip(beside.codes, codes, strict=True):
+        assert code is not None and want is not None and torch.equal(code.float(), want.float())
     lacking = codes._replace(transposed=None, transposed_scale=None)
     for found, want in zip(gradients(fp8_linear, x, weight, dy, recipe=recipe, quantised=lacking), wanted, strict=True):
         assert torch.equal(found, want)
     with pytest.raises(ValueError, match="are not those of x"):
         fp8_linear(x.repeat(9, 1), weight, recipe=recipe, quantised=codes)
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+def test_a_producers_codes_are_complete(transposed: bool) -> None:
+    """Of codes, scales and the columns' largest comes all that the products read, as from x itself."""
+    x = draw(37, 64, seed=4)
+    made = coded_rows(x, *ROWS(x, True), transposed=transposed).codes
+    for found, wanted in zip(made, quantise(x, "row", transposed=transposed), strict=True):
+        assert found is wanted is None or torch.equal(found.float(), wanted.float())
 
 
 def test_only_what_is_asked_for_is_saved_and_computed() -> None:
@@ -452,25 +475,6 @@ def test_gpu_rows_beyond_32_bits() -> None:
         same(found, wanted)
     for found, wanted in zip(BLOCKS(far, 1, True, True), blocks_ref(far, 1, True, True), strict=True):
         same(found, wanted)
-
-
-def round_as_hardware_does() -> None:
-    """The interpreter cuts numbers short when it makes fp8 and bf16 of them; a GPU rounds, and so does torch."""
-    import numpy as np
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    before = interpreter._convert_float
-
-    def convert(given: Any, source: Any, target: Any, rounding: Any) -> Any:
-        if (source, target) == (tl.float32, tl.float8e4nv):
-            codes = torch.from_numpy(np.ascontiguousarray(given).view(np.float32)).to(CODES)
-            return codes.view(torch.uint8).numpy()
-        if (source, target) == (tl.float8e4nv, tl.float32):
-            return torch.from_numpy(np.ascontiguousarray(given).view(np.uint8)).view(CODES).float().numpy()
-        return before(given, source, target, rounding)
-
-    interpreter._convert_float = convert
 
 
 def run_interpreted() -> None:

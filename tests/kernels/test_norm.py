@@ -9,16 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from without_gpu import compiled, elsewhere
+from without_gpu import compiled, elsewhere, round_as_hardware_does
 
 from farspan.kernels import column_sums as sums
 from farspan.kernels import norm as ops
 from farspan.kernels import norm_tiles as tiles
+from farspan.kernels.fp8 import Coded, quantise
 from farspan.kernels.norm import (
     add_layer_norm,
     add_layer_norm_ref,
     add_rms_norm,
     add_rms_norm_ref,
+    coded_layer_norm,
+    coded_rms_norm,
     layer_norm,
     layer_norm_ref,
     rms_norm,
@@ -184,6 +187,57 @@ def nothing_else_is_written(device: str, width: int, rows: int = 13) -> None:
         assert room.isnan().sum() == 256
 
 
+def codes_of(case: str, inputs: list[Tensor], *, transposed: bool) -> tuple[Tensor, Coded]:
+    given = dict(zip(CASES[case][2], inputs, strict=True))
+    if "rms" in case:
+        return coded_rms_norm(given["x"], given.get("r"), given["w"], EPS, transposed=transposed)
+    return coded_layer_norm(given["x"], given.get("r"), given["w"], given.get("b"), EPS, transposed=transposed)
+
+
+def codes_are_those_of_what_is_normed(
+    device: str, dtype: torch.dtype, shapes: tuple[tuple[int, ...], ...], turns: tuple[bool, ...] = (True, False)
+) -> None:
+    """In every bit, as are the total and all gradients; nothing but codes, scales and statistics has memory."""
+    for shape, case, transposed in product(shapes, CASES, turns):
+        inputs = arguments(case, shape, dtype, torch.float32, device)
+        with torch.no_grad():
+            if inputs[0].numel():
+                inputs[0][(0,) * (len(shape) - 1)] *= 1e30  # whose square is inf
+        results = CASES[case][0](*inputs, EPS)
+        total, normed = results if isinstance(results, tuple) else (inputs[0], results)
+        mine, (place, codes) = codes_of(case, inputs, transposed=transposed)
+        wanted = quantise(normed.detach().reshape(-1, shape[-1]), "row", transposed=transposed)
+        for found, want in zip((mine, *codes), (total, *wanted), strict=True):
+            assert (found is None) == (want is None)
+            if found is not None and want is not None:
+                assert found.dtype == want.dtype and found.is_contiguous() == want.is_contiguous()
+                assert found.shape == want.shape
+                if normed.numel():  # a scale of nothing is whatever it is
+                    torch.testing.assert_close(found.float(), want.float(), rtol=0, atol=0, equal_nan=True)
+        assert place.shape == normed.shape and place.dtype == normed.dtype
+        assert not ops.triton_runs(place) or place.untyped_storage().nbytes() == place.element_size()
+        upstream = [draw(*shape, seed=9 + i, dtype=dtype, device=device) for i in range(2)]
+        ends = [[normed, total], [place, mine]] if "add" in case else [[normed], [place]]
+        slopes = [torch.autograd.grad(end, inputs, upstream[: len(end)]) for end in ends]
+        for found, want in zip(*slopes, strict=True):
+            torch.testing.assert_close(found, want, rtol=0, atol=0, equal_nan=True)
+
+
+def codes_stay_inside(device: str, width: int, rows: int = 13) -> None:
+    """Codes, scales and columns fill their room, padding included, and leave its walls alone."""
+    x, r, w, b = (y.detach() for y in arguments("add layer", (rows, width), torch.float32, torch.float32, device))
+    padded = -(-rows // 16) * 16
+    shapes = ((padded, width), (padded, 1), (width,), (2, rows), (rows, width))
+    rooms = [torch.full((torch.Size(shape).numel() + 256,), torch.nan, device=device) for shape in shapes]
+    rooms[0] = rooms[0].to(torch.float8_e4m3fn)
+    views = [room[128:-128].view(shape) for room, shape in zip(rooms, shapes, strict=True)]
+    tiles.launch_codes(x, r, w, b, EPS, True, views)
+    for room, view in zip(rooms, views, strict=True):
+        assert not view.float().isnan().any() and room.float().isnan().sum() == 256
+    assert not views[0][rows:].float().any()
+    torch.testing.assert_close(views[2], (views[0].float() * views[1]).abs().amax(0), rtol=0, atol=0)
+
+
 class Layer(nn.Module):
     """A product and both kinds of norm, where x, the branch and the total have other consumers as well."""
 
@@ -281,6 +335,15 @@ def test_gpu_kernels_write_nothing_else_and_agree_with_themselves() -> None:
 
 @gpu
 @needs_gpu
+@pytest.mark.parametrize("width", [16, 64, 128, 1000, 1024, 2048, 4096, 5120, 8192, 16384, 20480])
+def test_gpu_codes_are_those_of_what_is_normed(width: int) -> None:
+    shapes = ((1, width), (max(67, min(4099, (1 << 23) // width)), width))
+    codes_are_those_of_what_is_normed("cuda", torch.bfloat16, shapes)
+    codes_stay_inside("cuda", min(width, 16384), rows=1003)
+
+
+@gpu
+@needs_gpu
 def test_gpu_kernels_reach_rows_beyond_32_bits() -> None:
     """Rows of a tensor as seen with a stride of 2^31 elements and more, and more than 2^31 elements in all."""
     whole = torch.zeros((1 << 31) + 128, dtype=torch.bfloat16, device="cuda")
@@ -314,15 +377,24 @@ def run_interpreted() -> None:
     normed, stats, total = ops.norm(x, x.flip(0), w, w, EPS, True)
     torch.library.opcheck(ops.norm, (x, x.flip(0), w, w, EPS, True))
     torch.library.opcheck(ops.norm_backward, (normed, None, total, stats, w, w, True))
+    round_as_hardware_does()
+    codes_are_those_of_what_is_normed("cpu", torch.float32, ((1, 6), (0, 16)), (False,))
+    codes_are_those_of_what_is_normed("cpu", torch.bfloat16, ((3, 7, 48),), (True,))
+    codes_stay_inside("cpu", 130)
+    torch.library.opcheck(ops.norm_codes, (x, None, w, w, EPS, True, True), test_utils=("test_faketensor",))
+    tiles.WIDEST_COLUMNS = 8
+    codes_stay_inside("cpu", 48, rows=5)
     # Rows in blocks, as if registers held 64 columns.
-    tiles.WIDEST_FORWARD = tiles.WIDEST_RMS = tiles.WIDEST_LAYER = tiles.BLOCK = 64
+    tiles.WIDEST_FORWARD = tiles.WIDEST_RMS = tiles.WIDEST_LAYER = tiles.BLOCK = ops.WIDEST_FORWARD = 64
+    codes_are_those_of_what_is_normed("cpu", torch.float32, ((5, 80),), (True,))
     kernels_equal_their_twins("cpu", OTHERS[:1], ((5, 150), (2, 128)))
     nothing_else_is_written("cpu", 150)
 
 
 def types(kernel: Any, fixed: dict[str, Any], x: str, vectors: str) -> dict[str, str]:
     """The types of a kernel's arguments that are not fixed."""
-    pointers = dict.fromkeys(("p_stats", "p_sums", "p_parts"), "*fp32") | dict.fromkeys(
+    fp32 = ("p_stats", "p_sums", "p_parts", "p_scale", "p_columns")
+    pointers = dict.fromkeys(fp32, "*fp32") | dict.fromkeys(
         ("p_weight", "p_bias", "p_first", "p_second", "p_third"), f"*{vectors}"
     )
     names = [name for name in kernel.arg_names if name not in fixed]
@@ -335,6 +407,7 @@ def run_compiled() -> None:
     """Every kernel compiles for Hopper, in registers, its loads of 16 bytes on their way before their turn."""
     sizes, device = {"bf16": 2, "fp32": 4}, torch.device("cpu")
     bare = {"p_total": None, "p_branch": None, "p_bias": None}
+    numbers, added = {"p_scale": None, "p_columns": None}, {}
     for width, x, vectors, centred in (
         (64, "bf16", "bf16", False),
         (1024, "bf16", "fp32", True),
@@ -345,9 +418,25 @@ def run_compiled() -> None:
     ):
         way = sums.walk(tiles.FORWARD, width, sizes[x] * (1 + centred), device)
         fixed = {"eps": EPS, "width": width, "centred": centred, "b_r": way.b_r, "b_d": way.b_d, "stages": way.stages}
-        fixed |= {} if centred else bare
+        fixed |= numbers if centred else bare | numbers
         found = compiled(tiles._forward, types(tiles._forward, fixed, x, vectors), fixed, num_warps=way.warps)
         assert found.stack == 0 and "cp.async.cg" in found.ptx and "st.global.v4" in found.ptx, (width, found.registers)
+        added[width, x, centred] = found.sums
+    for width, vectors, centred, columns, most in (
+        (1024, "fp32", True, True, 96),
+        (4096, "bf16", False, True, 80),
+        (4096, "bf16", False, False, 64),
+        (8192, "fp32", True, True, 128),
+        (16384, "fp32", True, False, 128),
+    ):
+        way = sums.walk(tiles.CODES, width, 2 * (1 + centred), device)
+        fixed = {"eps": EPS, "width": width, "centred": centred, "b_r": way.b_r, "b_d": way.b_d, "stages": way.stages}
+        fixed |= ({} if centred else bare) | ({} if columns else {"p_columns": None})
+        kinds = types(tiles._forward, fixed, "bf16", vectors) | {"p_normed": "*fp8e4nv"}
+        found = compiled(tiles._forward, kinds, fixed, num_warps=way.warps)
+        assert found.stack == 0 and found.registers <= most, (width, centred, columns, found.registers, found.stack)
+        assert "cvt.rn.satfinite.e4m3x2.f32" in found.ptx and "cp.async.cg" in found.ptx
+        assert found.sums == added[width, "bf16", centred] and "#ttg.blocked" in found.sums[0]  # hence the same bits
     for width, x, vectors, centred, total in (
         (64, "bf16", "bf16", False, False),
         (128, "bf16", "fp32", True, True),

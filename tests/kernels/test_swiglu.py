@@ -10,11 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from without_gpu import compiled, elsewhere
+from without_gpu import compiled, elsewhere, round_as_hardware_does
 
+from farspan.kernels import column_sums
 from farspan.kernels import swiglu as ops
+from farspan.kernels import swiglu_codes as codes_ops
 from farspan.kernels.define import triton_runs
+from farspan.kernels.fp8 import Coded, quantise
 from farspan.kernels.swiglu import geglu, geglu_ref, squared_relu, squared_relu_ref, swiglu, swiglu_ref
+from farspan.kernels.swiglu_codes import coded_geglu, coded_swiglu
 
 gpu = pytest.mark.gpu
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs one NVIDIA GPU")
@@ -162,9 +166,84 @@ def kernels_stay_whole_under_a_compiler(device: str) -> None:
     gate, up, dout = draw(3, 6, 40, dtype=torch.float32, device=device)
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(ops._GATED, (gate, up, "gelu"), test_utils=tests)
-    torch.library.opcheck(ops._GATED_BACKWARD, (dout.T.contiguous().T, gate, up, "silu"), test_utils=tests)
+    torch.library.opcheck(ops.GATED_BACKWARD, (dout.T.contiguous().T, gate, up, "silu"), test_utils=tests)
     torch.library.opcheck(ops._SQUARED_RELU, (gate,), test_utils=tests)
     torch.library.opcheck(ops._SQUARED_RELU_BACKWARD, (dout, gate), test_utils=tests)
+
+
+CODED: dict[str, tuple[Op, Callable[..., Coded]]] = {
+    "swiglu": (swiglu, coded_swiglu),
+    "geglu": (geglu, coded_geglu),
+}
+
+
+def codes_are_those_of_the_result(
+    device: str, dtypes: tuple[torch.dtype, ...], shapes: list[tuple[int, ...]], hows: tuple[str, ...]
+) -> None:
+    """In every bit, as are the gradients; nothing but codes and scales has memory."""
+    for (op, coded_op), dtype, shape, how, transposed in product(CODED.values(), dtypes, shapes, hows, (True, False)):
+        *inputs, dout = (poisoned(x, how) for x in draw(3, *shape, dtype=dtype, device=device))
+        if inputs[0].numel():
+            inputs[0].view(-1, shape[-1])[0] *= 1e30  # inf and NaN in some types, and huge numbers
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        out, (place, codes) = op(*leaves), coded_op(*leaves, transposed=transposed)
+        wanted = quantise(out.detach().reshape(-1, shape[-1]), "row", transposed=transposed)
+        for found, want in zip(codes, wanted, strict=True):
+            assert (found is None) == (want is None)
+            if found is not None and want is not None:
+                assert found.dtype == want.dtype
+                assert found.shape == want.shape
+                if out.numel():  # a scale of nothing is whatever it is
+                    torch.testing.assert_close(found.float(), want.float(), rtol=0, atol=0, equal_nan=True)
+        assert place.shape == out.shape and place.dtype == out.dtype
+        assert not triton_runs(place) or place.untyped_storage().nbytes() == place.element_size()
+        slopes = [torch.autograd.grad(end, leaves, dout) for end in (out, place)]
+        for mine, plain in zip(*slopes, strict=True):
+            torch.testing.assert_close(mine, plain, rtol=0, atol=0, equal_nan=True)
+
+
+def codes_stay_inside(device: str, rows: int, width: int) -> None:
+    """Codes, scales and columns fill their room, padding included, and leave its walls alone."""
+    gate, up = (poisoned(x, "rows") for x in draw(2, rows, width, dtype=torch.float32, device=device))
+    padded = -(-rows // 16) * 16
+    shapes = (padded, width), (padded, 1), (width,)
+    rooms = [torch.full((torch.Size(shape).numel() + 256,), torch.nan, device=device) for shape in shapes]
+    rooms[0] = rooms[0].to(torch.float8_e4m3fn)
+    values, scale, largest = (room[128:-128].view(shape) for room, shape in zip(rooms, shapes, strict=True))
+    codes_ops._launch(gate, up, "gelu", (values, scale, largest))
+    for room, view in zip(rooms, (values, scale, largest), strict=True):
+        assert not view.float().isnan().any() and room.float().isnan().sum() == 256
+    assert not values[rows:].float().any()
+    torch.testing.assert_close(largest, (values.float() * scale).abs().amax(0), rtol=0, atol=0)
+
+
+def test_codes_of_a_twin_are_those_of_its_result() -> None:
+    codes_are_those_of_the_result("cpu", (torch.float64, torch.bfloat16), [(3, 7, 32), (0, 16)], ("dense", "columns"))
+    gate, up = draw(2, 3, 8, dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"coded_swiglu: gate \(3, 8\)"):
+        coded_swiglu(gate, up[:2], transposed=False)
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("width", [16, 64, 352, 1024, 4096, 8192, 11008, 14336, 16384, 28672])
+def test_gpu_codes_are_those_of_the_result(width: int) -> None:
+    shapes = [(1, width), (max(67, min(4099, (1 << 24) // width)), width)]
+    codes_are_those_of_the_result("cuda", (torch.bfloat16,), shapes, ("dense", "rows", "columns"))
+    codes_stay_inside("cuda", 1003, width)
+
+
+@gpu
+@needs_gpu
+def test_gpu_codes_reach_beyond_32_bits() -> None:
+    """Rows that begin 2^31 elements apart, and more than 2^31 codes in all."""
+    room = torch.randn((1 << 31) + 4096 * 8, dtype=torch.bfloat16, device="cuda")
+    for view in (room.as_strided((2, 4096), (1 << 31, 1)), room.view(-1, 4096)):
+        codes = coded_swiglu(view, view, transposed=False).codes
+        last = quantise(swiglu(view[-1:].clone(), view[-1:].clone()), "row")
+        at = view.shape[0] - 1
+        assert torch.equal(codes.values[at].float(), last.values[0].float()) and codes.scale[at] == last.scale[0]
+        del codes
 
 
 @gpu
@@ -212,6 +291,15 @@ def run_interpreted() -> None:
         kernels_survive_extremes("cpu", dtype)
     kernels_are_one_node_among_others("cpu", torch.float32)
     kernels_stay_whole_under_a_compiler("cpu")
+    round_as_hardware_does()
+    codes_are_those_of_the_result("cpu", (torch.float32,), [(1, 1), (0, 16), (2, 3, 6)], ("columns",))
+    codes_are_those_of_the_result("cpu", (torch.bfloat16,), [(3, 7, 48)], ("rows",))
+    codes_stay_inside("cpu", 13, 130)
+    gate, up = draw(2, 5, 32, dtype=torch.bfloat16)
+    torch.library.opcheck(codes_ops.GATED_CODES, (gate, up, "gelu", True), test_utils=("test_faketensor",))
+    codes_ops.WIDEST = codes_ops.BLOCK = 64  # as if registers held no more
+    codes_are_those_of_the_result("cpu", (torch.bfloat16,), [(5, 80)], ("rows",))
+    codes_stay_inside("cpu", 13, 130)
 
 
 def run_compiled() -> None:
@@ -226,6 +314,33 @@ def run_compiled() -> None:
         assert built.stack == 0, (kernel, kind, width)
         assert width == 1 or ("ld.global.v4" in built.ptx and "ld.global.b16" not in built.ptx), (kernel, kind, width)
         assert width == 1 or built.registers <= 64, (kernel, kind, width, built.registers)
+    for kind, width, columns, most in (
+        ("silu", 64, True, 64),
+        ("silu", 4096, True, 64),
+        ("gelu", 8192, True, 80),
+        ("silu", 14336, True, 128),
+        ("gelu", 14336, True, 128),
+        ("silu", 14336, False, 64),
+        ("silu", 28672, False, 64),
+    ):
+        wide = width > codes_ops.WIDEST
+        kernel = codes_ops._forward_wide if wide else codes_ops._forward
+        way = column_sums.walk(codes_ops.PACE, width, 4, torch.device("cpu"))
+        fixed = {"kind": kind, "width": width, "b_i": codes_ops.BLOCK if wide else way.b_d}
+        fixed |= {} if wide else {"b_r": way.b_r, "stages": way.stages}
+        fixed |= {} if wide or columns else {"p_columns": None}
+        pointers = {
+            "p_values": "*fp8e4nv",
+            "p_scale": "*fp32",
+            "p_columns": "*fp32",
+            "p_gate": "*bf16",
+            "p_up": "*bf16",
+        }
+        types = {n: pointers.get(n, "i32") for n in kernel.arg_names if n not in fixed}
+        built = compiled(kernel, types, fixed, num_warps=8 if wide else way.warps)
+        assert built.stack == 0 and built.registers <= most, (kind, width, columns, built.registers, built.stack)
+        assert "cvt.rn.satfinite.e4m3x2.f32" in built.ptx and "st.global.v4" in built.ptx, (kind, width, columns)
+        assert wide or "cp.async.cg" in built.ptx
 
 
 @pytest.mark.parametrize(

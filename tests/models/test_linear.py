@@ -1,5 +1,7 @@
 """The choice of a linear layer changes its products, and neither its weight nor where it is kept, cut or saved."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,11 +9,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from without_gpu import elsewhere
 
 import farspan.parallel.context.attention  # noqa: F401 - recomputation asks for its operators by name
-from farspan.kernels.fp8 import PRODUCT, fp8_linear_ref
+from farspan.kernels.define import triton_runs
+from farspan.kernels.fp8 import PRODUCT, Coded, coded, fp8_linear_ref
+from farspan.kernels.fp8_quantise import ROWS
+from farspan.kernels.random import key
+from farspan.models.block import Block, Layer, NormPlacement
+from farspan.models.decoder import initial
+from farspan.models.ffns import Ffn, Geglu, PolyNorm, SquaredRelu, Swiglu
 from farspan.models.linear import Fp8, Fp8Linear, Linear, Plain, together
-from farspan.parallel import recompute
+from farspan.models.mixers import Softmax
+from farspan.models.norm import Layer as LayerNorm
+from farspan.models.norm import Norm, Rms
+from farspan.parallel import recompute, tensor
+from farspan.parallel.context.local import Local
 from farspan.platform.config import ConfigError, Source, decode
 
 KINDS: list[Linear] = [Plain(), Fp8(), Fp8(weight_gradient="bf16"), Fp8(recipe="block")]
@@ -162,14 +175,15 @@ def test_recomputation_gives_the_same_gradients(keep: float, products: int, monk
 
 
 class Counted(TorchDispatchMode):
-    """Counts eight-bit products."""
+    """Counts eight-bit products, and matrices of which codes were made by nobody who had them at hand."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.products = 0
+        self.products = self.quantised = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.products += func is PRODUCT
+        self.quantised += func is ROWS
         return func(*args, **(kwargs or {}))
 
 
@@ -180,3 +194,127 @@ def test_layers_live_on_the_meta_device() -> None:
     x = torch.empty(2, 3, 64, device="meta", requires_grad=True)
     layer(x).sum().backward()
     assert x.grad is not None and x.grad.shape == x.shape and layer.weight.grad is not None
+
+
+# Whole layers, whose norms and activations leave codes behind in place of numbers.
+
+LAYERS: dict[str, tuple[NormPlacement, Norm, Softmax | None, Ffn]] = {
+    "pre": ("pre", Rms(), Softmax(heads=4, kv_heads=2), Swiglu(hidden=48)),
+    "peri": ("peri", LayerNorm(), Softmax(heads=2, qk_norm=True), Geglu(hidden=48)),
+    "post": ("post", Rms(), Softmax(heads=2), Swiglu(hidden=48)),
+    "cubic": ("pre", LayerNorm(bias=False), None, PolyNorm(hidden=48)),
+    "squared": ("peri", Rms(), Softmax(heads=2), SquaredRelu(hidden=48)),
+}
+
+
+def layer_of(name: str, linear: Linear = Fp8(), device: str = "cpu") -> Layer:  # noqa: B008 - frozen
+    placement, norm, mixer, ffn = LAYERS[name]
+    with torch.device(device):
+        layer = Block(mixer=mixer, ffn=ffn, linear=linear).build(32, 2, norm, placement, Local())
+    with torch.no_grad():
+        for path, weight in layer.named_parameters():
+            initial(layer)[path].fill(weight, key(0, path), tuple(weight.shape), (0,) * weight.dim())
+    return layer.bfloat16()
+
+
+def results(layer: Layer) -> list[Tensor]:
+    """What comes out, and all gradients."""
+    x = draw(2, 11, 32, seed=1, dtype=torch.bfloat16).requires_grad_()
+    out = layer(x, *layer.example(2, 11)[1:])
+    return [out, *torch.autograd.grad(out.square().sum(), [x, *layer.parameters()])]
+
+
+@contextmanager
+def numbers_everywhere() -> Iterator[None]:
+    """As if no layer were content with codes."""
+    before = Fp8.reads_codes
+    Fp8.reads_codes = property(lambda self: False)  # type: ignore[assignment, method-assign]
+    yield
+    Fp8.reads_codes = before  # type: ignore[method-assign]
+
+
+def test_codes_alone_are_enough_for_rows_in_eight_bits_only() -> None:
+    assert [kind.reads_codes for kind in KINDS] == [False, True, False, False]
+    layer = Fp8().build(32, 16).bfloat16()
+    x = draw(5, 32, dtype=torch.bfloat16)
+    both = coded(x, "row", transposed=True)
+    nothing = Coded(torch.full((), torch.nan, dtype=x.dtype).expand(5, 32), both.codes)
+    assert torch.equal(layer(nothing), layer(x))
+    assert all(torch.equal(out, layer(x)) for out in together(nothing, layer, layer))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_read_codes_as_they_read_numbers(name: str) -> None:
+    """Bit for bit; a norm under post feeds a sum as well, and leaves numbers behind."""
+    layer = layer_of(name)
+    fused = results(layer)
+    with numbers_everywhere():
+        plain = results(layer_of(name))
+    assert all(map(torch.equal, fused, plain))
+    with torch.no_grad():
+        out = layer(draw(2, 11, 32, seed=1, dtype=torch.bfloat16), *layer.example(2, 11)[1:])
+    assert torch.equal(out, fused[0])
+
+
+def test_across_ranks_numbers_travel() -> None:
+    """Under tensor parallelism what a layer gathers is a tensor."""
+    for name in ("pre", "squared"):
+        for part in (layer_of(name).mixer, layer_of(name).ffn):
+            assert part is not None and part.reads_codes
+            part.__class__ = tensor._exchanging(type(part))
+            assert not part.reads_codes
+
+
+def run_interpreted() -> None:
+    """Through the kernels: as with numbers, in every bit, when much runs again, and in one graph."""
+    assert triton_runs(torch.zeros(1))
+    with Counted() as counted:
+        fused = results(layer_of("pre"))
+    with Counted() as usual, numbers_everywhere():
+        plain = results(layer_of("pre"))
+    assert all(map(torch.equal, fused, plain))
+    assert counted.quantised == 7 + 7 + 1  # weights, upstream gradients, and what attention found
+    assert usual.quantised == counted.quantised + 3
+    again, traced = layer_of("pre"), layer_of("pre")
+    recompute.apply(again, 0.5)
+    traced.forward = torch.compile(traced.forward, fullgraph=True, backend="aot_eager")  # type: ignore[method-assign]
+    for layer in (again, traced):
+        assert all(map(torch.equal, fused, results(layer)))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs one NVIDIA GPU")
+@pytest.mark.parametrize("placement", ["pre", "peri"])
+@pytest.mark.parametrize(("norm", "ffn"), [(Rms(), Swiglu(hidden=2816)), (LayerNorm(), Geglu(hidden=14336))], ids=str)
+def test_gpu_layers_read_codes_as_they_read_numbers(placement: NormPlacement, norm: Norm, ffn: Ffn) -> None:
+    """Without attention, whose backward is never twice the same: in every bit, when much runs again, and compiled."""
+
+    def made(keep: float | None = None) -> Layer:
+        with torch.device("cuda"):
+            layer = Block(mixer=None, ffn=ffn, linear=Fp8()).build(1024, 2, norm, placement, Local())
+        with torch.no_grad():
+            for path, weight in layer.named_parameters():
+                initial(layer)[path].fill(weight, key(0, path), tuple(weight.shape), (0,) * weight.dim())
+        recompute.apply(layer.bfloat16(), keep)
+        return layer
+
+    x = draw(2, 515, 1024, seed=1, dtype=torch.bfloat16).cuda().requires_grad_()
+    traced = made()
+    traced.forward = torch.compile(traced.forward, fullgraph=True, backend="aot_eager")  # type: ignore[method-assign]
+    found: list[list[Tensor]] = []
+    for layer in (made(), made(0.0), made(0.5), traced):
+        out = layer(x, *layer.example(2, 515)[1:])
+        found.append([out, *torch.autograd.grad(out.square().sum(), [x, *layer.parameters()])])
+    with numbers_everywhere():
+        plain = made()
+        out = plain(x, *plain.example(2, 515)[1:])
+        wanted = [out, *torch.autograd.grad(out.square().sum(), [x, *plain.parameters()])]
+    for results_of_one in found:
+        assert all(map(torch.equal, results_of_one, wanted))
+
+
+@pytest.mark.laws
+def test_layers_through_the_kernels() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("the kernels themselves run here")
+    elsewhere(run_interpreted, interpret=True)
