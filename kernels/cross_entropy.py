@@ -12,15 +12,17 @@ from torch import Tensor
 __all__ = ["Loss", "Merge", "rows_fused", "rows_ref", "target_logits"]
 
 Merge = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""From (log-sum-exp, target logit) of N tokens over some columns of the vocabulary to those over all of them."""
+"""From (log-sum-exp, target logit) of N tokens over some columns of the vocabulary to those over all of them.
+
+The target logit is -inf where the label is none of these columns: over all, it is the largest."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
     """Of a token with label y and weight w: w · (lse − logit_y + z_loss · lse²) nats; nothing where y is `ignore`.
 
-    Column 0 of the logits is token `first`; `merge` joins them with the columns that other ranks have. Without it a
-    label that is no column makes its token's loss NaN: to look at labels here would wait for the device.
+    Column 0 of the logits is token `first`; `merge` joins them with the columns that other ranks have. A label that is
+    no column makes its token's loss NaN, or after a merge infinite: to look at labels here would wait for the device.
     """
 
     ignore: int = -100
@@ -44,13 +46,13 @@ def rows_ref(
     place = labels - loss.first
     here = (place >= 0) & (place < logits.shape[1])
     place = torch.where(here, place, 0).unsqueeze(1)
-    logit, largest = torch.where(here, logits.gather(1, place).squeeze(1), 0), logits.amax(1)
+    logit, largest = torch.where(here, logits.gather(1, place).squeeze(1), -torch.inf), logits.amax(1)
     e = logits.sub_(largest.unsqueeze(1)).exp_()
     own = torch.where(here, e.gather(1, place).squeeze(1), 0)
     others = e.scatter_(1, place, torch.where(here, 0, e[:, 0]).unsqueeze(1)).sum(1)
     total = own + others
     lse = largest + total.log()
-    weight = (labels != loss.ignore).to(logits.dtype) * (1 if weights is None else weights)
+    weight = torch.where(labels != loss.ignore, torch.ones_like(lse) if weights is None else weights, 0)
     if loss.merge is None:
         nll = torch.where(here, total.log() - (logit - largest), torch.nan)
         slope = 2 * loss.z_loss * lse
@@ -93,7 +95,7 @@ def rows_fused(
 def target_logits(hidden: Tensor, weight: Tensor, labels: Tensor, loss: Loss) -> Tensor:
     """Products of hidden N D with the rows of weight V D at the labels, in fp32 -> N: what bf16 logits round away.
 
-    0 where the label is ignored, or with `merge` another rank's.
+    0 where the label is ignored, with `merge` -inf where it is none of these rows.
     """
     target = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
     b_d = min(2048, triton.next_power_of_2(hidden.shape[1]))
@@ -136,18 +138,18 @@ def _target(  # type: ignore[no-untyped-def]
     b_d: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    label = tl.load(p_labels + row)
+    label = tl.load(p_labels + row).to(tl.int64)
     place = label - first
     here = (label != ignore) & (place >= 0) & (place < count)
     total, end = tl.zeros([b_d], tl.float32), tl.where(here, width, 0)
     for start in range(0, width, b_d):
-        at = start + tl.arange(0, b_d)
+        at = start + tl.arange(0, b_d).to(tl.int64)  # columns may be far apart
         mask = at < end
         hidden = tl.load(p_hidden + row * hidden_row + at * hidden_column, mask=mask, other=0.0).to(tl.float32)
         weight = tl.load(p_weight + place * weight_row + at * weight_column, mask=mask, other=0.0).to(tl.float32)
         total += hidden * weight
-    known = here | part | (label == ignore)
-    tl.store(p_target + row, tl.where(known, tl.sum(total, 0), float("nan")))
+    known = here | ((label == ignore) & (not part))
+    tl.store(p_target + row, tl.where(known, tl.sum(total, 0), float("-inf") if part else float("nan")))
 
 
 @triton.jit

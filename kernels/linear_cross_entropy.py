@@ -52,7 +52,8 @@ def linear_cross_entropy(
     """Summed negative log-likelihood, in nats, of `labels` under softmax(hidden · weightᵀ).
 
     hidden: N D, weight: V D of the same dtype, labels: N int64, `ignore` where nothing is predicted; there hidden may
-    hold anything finite. A label that is neither makes the loss NaN. Returns a scalar of at least fp32.
+    hold anything whose logits are finite. A label that is neither makes the loss NaN, or infinite with `merge`. Returns
+    a scalar of at least fp32.
     weights: N numbers, constants, that the tokens' losses are multiplied by; z_loss adds z_loss · lse² to each, which
     keeps the log-sum-exp near zero (Chowdhery et al., 2022, PaLM, section 5).
 
@@ -72,7 +73,8 @@ def linear_cross_entropy(
     if merge is None:
         formed = _forward(*inputs, ignore, z_loss, sums, *asked)
     else:
-        formed = _run(*inputs, Loss(ignore=ignore, z_loss=z_loss, first=first, merge=merge), sums, *asked)
+        run = shapes if hidden.is_meta else _run
+        formed = run(*inputs, Loss(ignore=ignore, z_loss=z_loss, first=first, merge=merge), sums, *asked)
     loss: Tensor = Formed.apply(hidden, weight, *formed)
     return loss
 
@@ -82,6 +84,8 @@ def _check(hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor | Non
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or labels.shape != count:
         shapes = f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, labels {tuple(labels.shape)}"
         raise ValueError(f"linear_cross_entropy: {shapes} do not fit; they are N D, V D and N, so flatten B and T")
+    if labels.dtype != torch.int64:
+        raise ValueError(f"linear_cross_entropy: labels are {labels.dtype}; they must be int64, so cast them")
     if weights is not None and weights.shape != count:
         raise ValueError(f"linear_cross_entropy: weights {tuple(weights.shape)} must be {tuple(count)}: one a token")
     if hidden.dtype != weight.dtype:
@@ -248,7 +252,7 @@ def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
         return (gradient * factor).to(dtype)
     last = not torch._C._autograd._get_current_graph_task_keep_graph()  # a second backward is an error: torch says so
     out = gradient if last and gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
-    if triton_runs(gradient) and gradient.numel():
+    if triton_runs(gradient) and gradient.numel() and not gradient.is_meta:
         unit, block = 16 if gradient.numel() % 16 == 0 else 1, 4096
         grid = (triton.cdiv(gradient.numel(), block),)
         _scale[grid](out, gradient, factor, gradient.numel() // unit, unit=unit, block=block)

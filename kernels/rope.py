@@ -45,12 +45,6 @@ def rope_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
         raise RuntimeError("rope_: q or k requires grad, and the write would be missing in its gradient; use rope")
     _check(q, k, cos, sin)
-    for name, x in (("q", q), ("k", k)):
-        if x.stride(-1) != 1 or any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)):
-            raise ValueError(
-                f"rope_: {name} has strides {x.stride()} and shape {tuple(x.shape)}; rows must be dense and each its "
-                "own; use rope"
-            )
     _ROPE_IN_PLACE(q, k, cos, sin)
 
 
@@ -84,6 +78,16 @@ def qk_norm_rope(
         return qk_norm_rope_ref(q, k, weight_q, weight_k, eps, cos, sin)
     turned: tuple[Tensor, Tensor] = _QkNormRope.apply(q, k, weight_q, weight_k, eps, cos, sin)
     return turned
+
+
+def _overlaps(x: Tensor) -> bool:
+    """Whether two places of x may be one in memory."""
+    reach = 0
+    for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1):
+        if stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -144,6 +148,12 @@ def _like_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tu
 
 
 def _run_rope_in_place(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+    for name, x in (("q", q), ("k", k)):
+        if (x.stride(-1) != 1 or _overlaps(x) or q.data_ptr() == k.data_ptr()) and x.numel():
+            raise ValueError(
+                f"rope_: {name} has strides {x.stride()} and shape {tuple(x.shape)}; rows must be dense and each its "
+                "own; use rope"
+            )
     if triton_runs(q, k, cos, sin):
         turn((q, k), (q, k), (cos, sin), "in place")
         if not q.is_inference():

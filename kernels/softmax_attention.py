@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from farspan.kernels.softmax_attention_backends import Backend, Cpu, Math, lse_dtype
 from farspan.kernels.softmax_attention_cuda import Cudnn, Flash
@@ -305,6 +306,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.options = inputs[5:]
 
 
+@once_differentiable
 def _derive(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     if dout is None and dlse is None:
         return (None,) * 9

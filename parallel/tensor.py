@@ -70,7 +70,7 @@ class Spread:
     def _merge(self, lse: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """The whole vocabulary's log-sum-exp and target logit: one exchange of two numbers a token."""
         lses, targets = gather_rows(torch.stack((lse, target), dim=1), self.group).unbind(-1)  # tp N each
-        return lses.logsumexp(0), targets.sum(0)
+        return lses.logsumexp(0), targets.amax(0)
 
 
 def declared(model: nn.Module) -> Iterator[tuple[str, nn.Module, dict[str, Placement]]]:

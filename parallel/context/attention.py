@@ -12,6 +12,7 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from farspan.kernels.softmax_attention import join_sinks, sinks_gradient
 from farspan.kernels.softmax_attention_backends import lse_dtype
@@ -243,6 +244,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.mark_non_differentiable(output[1])
 
 
+@once_differentiable
 def _derive(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors  # read once: activation checkpointing hands them out a single time
     *grads, dsinks = torch.ops.farspan.attend_spread_backward(dout, *saved, *ctx.options)

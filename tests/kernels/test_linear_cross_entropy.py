@@ -105,7 +105,8 @@ def parts_join(device: str, dtype: torch.dtype, options: dict[str, Any], close: 
         part = part.clone().requires_grad_()
         mine, done = logits[:, first : first + len(part)], 0
         inside = (labels >= first) & (labels < first + len(part))
-        own = torch.where(inside, mine.gather(1, torch.where(inside, labels - first, 0)[:, None])[:, 0], 0)
+        own = mine.gather(1, torch.where(inside, labels - first, 0)[:, None])[:, 0]
+        own = torch.where(inside, own, -torch.inf)
 
         def merge(lse: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
             nonlocal done
@@ -344,7 +345,8 @@ def targets_are_exact(device: str) -> None:
             for loss in (Loss(), Loss(first=5, merge=lambda *x: x)):
                 known = (labels >= loss.first) & (labels < 30)
                 rows = weight[torch.where(known, labels - loss.first, 0)].double()
-                truth = torch.where(known, (hidden.double() * rows).sum(1), 0.0).float()
+                other_rank = 0.0 if loss.merge is None else -torch.inf
+                truth = torch.where(known, (hidden.double() * rows).sum(1), other_rank).float()
                 found = target_logits(view, other, labels, loss)
                 torch.testing.assert_close(found, truth, rtol=1e-5, atol=1e-5)
 
@@ -517,3 +519,17 @@ def test_kernels_without_a_gpu(run: Callable[[], None], interpret: bool) -> None
     if torch.cuda.is_available():
         pytest.skip("the kernels themselves run here")
     elsewhere(run, interpret=interpret)
+
+
+@pytest.mark.parametrize("label", [-1, 10, 999])
+def test_a_label_that_no_rank_has_is_not_a_finite_loss(label: int) -> None:
+    hidden, weight = torch.randn(4, 6), torch.randn(10, 6)
+    labels = torch.tensor([1, 2, label, 3])
+    assert linear_cross_entropy(hidden, weight, labels).isnan()
+    parts = [(hidden @ half.T).logsumexp(1) for half in weight.split(5)]
+    logits = [torch.where((labels >= f) & (labels < f + 5), 1.0, -torch.inf) for f in (0, 5)]
+    joined = torch.stack(parts).logsumexp(0), torch.stack(logits).amax(0)
+    for first, half in zip((0, 5), weight.split(5), strict=True):
+        assert not linear_cross_entropy(hidden, half, labels, first=first, merge=lambda *_: joined).isfinite()
+    with pytest.raises(ValueError, match="they must be int64, so cast"):
+        linear_cross_entropy(hidden, weight, labels.int())

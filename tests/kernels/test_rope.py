@@ -359,3 +359,11 @@ def test_kernels_without_a_gpu(run: Callable[[], None], interpret: bool) -> None
     if torch.cuda.is_available():
         pytest.skip("the kernels themselves run here")
     elsewhere(run, interpret=interpret)
+
+
+def test_in_place_refuses_rows_that_share_memory() -> None:
+    k, (cos, sin) = torch.randn(1, 4, 1, 8), (torch.randn(1, 4, 1, 4) for _ in range(2))
+    shared = torch.randn(40).as_strided((1, 4, 1, 8), (40, 4, 4, 1))
+    for q, other in ((shared, k), (k, k), (k, shared)):
+        with pytest.raises(ValueError, match="rows must be dense and each its own"):
+            rope_(q, other, cos, sin)

@@ -464,6 +464,13 @@ def test_gpu_backends_one_by_one(backend: str) -> None:
         check(results, (truth_out.detach(), truth_lse.detach(), *truth), torch.bfloat16)
 
 
+def test_a_second_derivative_is_refused() -> None:
+    q, k, v = (x.requires_grad_() for x in inputs(5, 5, dtype=torch.float64))
+    (dq,) = torch.autograd.grad(attend(q, k, v, causal=True)[0].square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):  # torch.autograd.grad says that k is not used
+        dq.square().sum().backward()
+
+
 @gpu
 @needs_gpu
 def test_gpu_gradients_do_not_depend_on_the_layout_of_out() -> None:
