@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+
 SHARED_MEMORY = 232_448
 """Bytes that a block may have on Hopper; Triton compiles more without a word."""
 
@@ -33,6 +36,19 @@ module.{function.__name__}()
         timeout=250,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def both(interpreted: Callable[[], None], compiled: Callable[[], None]) -> Callable[..., None]:
+    """The test that these two functions of a test file pass, each in its own process, where there is no GPU."""
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels themselves run here")
+    @pytest.mark.parametrize(
+        ("run", "interpret"), [(interpreted, True), (compiled, False)], ids=["interpreted", "compiled"]
+    )
+    def test(run: Callable[[], None], interpret: bool) -> None:
+        elsewhere(run, interpret=interpret)
+
+    return test
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from without_gpu import compiled, elsewhere
+from without_gpu import both, compiled
 
 from farspan.kernels import adaln as ops
 from farspan.kernels.adaln import adaln, adaln_ref, add_adaln, add_adaln_ref
@@ -312,10 +312,4 @@ def run_compiled() -> None:
         assert "cp.async.cg" in found.ptx and "st.global.v4" in found.ptx, (kernel, width)
 
 
-@pytest.mark.parametrize(
-    ("run", "interpret"), [(run_interpreted, True), (run_compiled, False)], ids=["interpreted", "compiled"]
-)
-def test_kernels_without_a_gpu(run: Callable[[], None], interpret: bool) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("the kernels themselves run here")
-    elsewhere(run, interpret=interpret)
+test_kernels_without_a_gpu = both(run_interpreted, run_compiled)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from without_gpu import Compiled, compiled, elsewhere, round_as_hardware_does
+from without_gpu import Compiled, both, compiled, round_as_hardware_does
 
 from farspan.kernels import fp8, fp8_quantise
 from farspan.kernels.define import triton_runs
@@ -515,10 +515,4 @@ def run_compiled() -> None:
         assert "st.global.v4.b32" in made.ptx
 
 
-@pytest.mark.parametrize(
-    ("run", "interpret"), [(run_interpreted, True), (run_compiled, False)], ids=["interpreted", "compiled"]
-)
-def test_kernels_without_a_gpu(run: Callable[[], None], interpret: bool) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("the kernels themselves run here")
-    elsewhere(run, interpret=interpret)
+test_kernels_without_a_gpu = both(run_interpreted, run_compiled)

@@ -1,7 +1,6 @@
 """The chunked loss is the whole loss, value and gradients, whatever computes it."""
 
 import math
-from collections.abc import Callable
 from itertools import product
 from typing import Any
 from unittest import mock
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
-from without_gpu import compiled, elsewhere
+from without_gpu import both, compiled
 
 from farspan.kernels import cross_entropy as rows
 from farspan.kernels import linear_cross_entropy as room
@@ -512,13 +511,7 @@ def run_compiled() -> None:
         assert built.stack == 0 and ("st.global.v4.b32" in built.ptx) == (unit == 16)
 
 
-@pytest.mark.parametrize(
-    ("run", "interpret"), [(run_interpreted, True), (run_compiled, False)], ids=["interpreted", "compiled"]
-)
-def test_kernels_without_a_gpu(run: Callable[[], None], interpret: bool) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("the kernels themselves run here")
-    elsewhere(run, interpret=interpret)
+test_kernels_without_a_gpu = both(run_interpreted, run_compiled)
 
 
 @pytest.mark.parametrize("label", [-1, 10, 999])

@@ -1,6 +1,5 @@
 """The chunked divergence is the whole divergence, and a student that is its teacher has nothing to learn."""
 
-from collections.abc import Callable
 from itertools import product
 from typing import Any
 from unittest import mock
@@ -9,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import kl_div
-from without_gpu import compiled, elsewhere
+from without_gpu import both, compiled
 
 from farspan.kernels import linear_cross_entropy as room
 from farspan.kernels import linear_kl as ops
@@ -254,10 +253,4 @@ def run_compiled() -> None:
         assert "cp.async.cg" in built.ptx and "st.global.v4.b32" in built.ptx  # ahead of time, and whole
 
 
-@pytest.mark.parametrize(
-    ("run", "interpret"), [(run_interpreted, True), (run_compiled, False)], ids=["interpreted", "compiled"]
-)
-def test_kernels_without_a_gpu(run: Callable[[], None], interpret: bool) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("the kernels themselves run here")
-    elsewhere(run, interpret=interpret)
+test_kernels_without_a_gpu = both(run_interpreted, run_compiled)

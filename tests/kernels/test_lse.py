@@ -1,13 +1,12 @@
 """Partial attentions merge into the whole, sums round once, and a stand-in for `out` gives back its delta."""
 
-from collections.abc import Callable
 from itertools import product
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from without_gpu import compiled, elsewhere
+from without_gpu import both, compiled
 
 from farspan.kernels import lse as ops
 from farspan.kernels.define import triton_runs
@@ -210,10 +209,4 @@ def run_compiled() -> None:
         assert compiled(kernel, types, fixed, num_warps=4).stack == 0, kernel
 
 
-@pytest.mark.parametrize(
-    ("run", "interpret"), [(run_interpreted, True), (run_compiled, False)], ids=["interpreted", "compiled"]
-)
-def test_kernels_without_a_gpu(run: Callable[[], None], interpret: bool) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("the kernels themselves run here")
-    elsewhere(run, interpret=interpret)
+test_kernels_without_a_gpu = both(run_interpreted, run_compiled)

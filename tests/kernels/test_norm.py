@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from without_gpu import compiled, elsewhere, round_as_hardware_does
+from without_gpu import both, compiled, round_as_hardware_does
 
 from farspan.kernels import column_sums as sums
 from farspan.kernels import norm as ops
@@ -471,10 +471,4 @@ def run_compiled() -> None:
         assert compiled(kernel, types(kernel, fixed, "bf16", "fp32"), fixed, num_warps=warps).stack == 0, kernel
 
 
-@pytest.mark.parametrize(
-    ("run", "interpret"), [(run_interpreted, True), (run_compiled, False)], ids=["interpreted", "compiled"]
-)
-def test_kernels_without_a_gpu(run: Callable[[], None], interpret: bool) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("the kernels themselves run here")
-    elsewhere(run, interpret=interpret)
+test_kernels_without_a_gpu = both(run_interpreted, run_compiled)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from without_gpu import compiled, elsewhere
+from without_gpu import both, compiled
 
 from farspan.kernels import poly_norm as ops
 from farspan.kernels.define import triton_runs
@@ -221,10 +221,4 @@ def run_compiled() -> None:
         assert built.stack == 0 and built.registers * warps * 32 <= 32768, (kernel, width, built.registers)
 
 
-@pytest.mark.parametrize(
-    ("run", "interpret"), [(run_interpreted, True), (run_compiled, False)], ids=["interpreted", "compiled"]
-)
-def test_kernels_without_a_gpu(run: Callable[[], None], interpret: bool) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("the kernels themselves run here")
-    elsewhere(run, interpret=interpret)
+test_kernels_without_a_gpu = both(run_interpreted, run_compiled)
