@@ -1,6 +1,7 @@
 """Lists of tiles equal their reference with gradients, however their shapes let them be launched."""
 
 import sys
+from importlib import import_module
 from importlib.util import find_spec
 from itertools import pairwise, product
 from types import ModuleType
@@ -12,7 +13,9 @@ from torch import Tensor
 
 from farspan.kernels import softmax_attention_tiles as module
 from farspan.kernels.lse import merge_
+from farspan.kernels.softmax_attention import attend_ref
 from farspan.kernels.softmax_attention_cuda import Ragged, Varlen
+from farspan.kernels.softmax_attention_mask import Mask
 from farspan.kernels.softmax_attention_tiles import Tile, Tiles, tiles_backward, tiles_forward, tiles_ref
 
 gpu = pytest.mark.gpu
@@ -314,3 +317,28 @@ def test_gpu_tiles_never_wait_for_the_device() -> None:
                 tiles.row_index(q.device), tiles.key_index(q.device)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("bounds", [None, [0, 9, 22, 24, 44], [0, 1, 1, 22, 44, 44, 44, 44, 44]], ids=str)
+@pytest.mark.parametrize("window", [None, 5])
+def test_rows_and_packed_documents_are_ragged_sequences(
+    bounds: list[int] | None, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the backend for whole rows asks of cuDNN's graphs, with the graphs in plain torch."""
+    monkeypatch.setitem(sys.modules, "cudnn", ModuleType("cudnn"))
+    monkeypatch.delitem(sys.modules, "farspan.kernels.softmax_attention_cudnn_graph", raising=False)
+    graph = import_module("farspan.kernels.softmax_attention_cudnn_graph")
+    monkeypatch.delitem(sys.modules, "farspan.kernels.softmax_attention_cudnn_graph")
+    for name in ("ragged_forward", "ragged_backward"):
+        monkeypatch.setattr(graph, name, getattr(fake_graph(), name))
+    generator = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(2, 22, n, 8, generator=generator, dtype=torch.float64).requires_grad_() for n in (4, 2, 2)]
+    cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
+    out, lse = attend_ref(*leaves, causal=True, window=window, cu_seqlens=cu_seqlens)
+    dout = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+    wanted = torch.autograd.grad(out, leaves, dout)
+    mask = Mask(causal=True, window=window, cu_seqlens=cu_seqlens)
+    q, k, v = (x.detach() for x in leaves)
+    found = graph.CudnnGraph().forward(q, k, v, mask)
+    grads = graph.CudnnGraph().backward(dout, q, k, v, *found, mask)
+    torch.testing.assert_close((*found, *grads), (out.detach(), lse.detach(), *wanted), rtol=0, atol=1e-12)
