@@ -1,12 +1,14 @@
 """The kernels of the norms: few programs, each on its way through many rows, with the next ones already coming."""
 # ruff: noqa: ANN001, ANN201 - a kernel's arguments are pointers p_ and numbers
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from farspan.kernels.column_sums import Pace, column_sums, store_largest, store_sums, vector, walk
+from farspan.kernels.column_sums import Pace, Walk, column_sums, store_largest, store_sums, vector, walk
 from farspan.kernels.fp8_quantise import COLUMNS, fp8_rows
 
 # What measurement may change. Rows that are wider are cut into blocks: the sums of a LayerNorm's backward, two vectors,
@@ -189,8 +191,13 @@ def launch_forward(
         _forward_wide[(count,)](*arguments, *sizes, eps=eps, width=width, centred=centred, b_d=BLOCK, num_warps=8)
         return
     way = walk(FORWARD, width, _entry(x, branch), x.device)
-    _forward[(min(way.slots, -(-count // way.b_r)),)](
-        *(*arguments, None, None, *sizes),
+    programs = min(way.slots, -(-count // way.b_r))
+    _walk(way, programs, (*arguments, None, None, *sizes), eps=eps, width=width, centred=centred)
+
+
+def _walk(way: Walk, programs: int, arguments: tuple[Any, ...], *, eps: float, width: int, centred: bool) -> None:
+    _forward[(programs,)](
+        *arguments,
         eps=eps,
         width=width,
         centred=centred,
@@ -227,16 +234,9 @@ def launch_codes(
     programs = min(way.slots, -(-values.shape[0] // way.b_r))
     inside = largest.numel() and width <= WIDEST_COLUMNS
     parts = scale.new_empty(programs, width) if inside else None
-    _forward[(programs,)](
-        *(total, values, stats, flat, other, *vectors, scale, parts, x.numel() // width, x_row, branch_row),
-        eps=eps,
-        width=width,
-        centred=centred,
-        b_r=way.b_r,
-        b_d=way.b_d,
-        stages=way.stages,
-        num_warps=way.warps,
-    )
+    sizes = x.numel() // width, x_row, branch_row
+    arguments = total, values, stats, flat, other, *vectors, scale, parts, *sizes
+    _walk(way, programs, arguments, eps=eps, width=width, centred=centred)
     if parts is not None:
         torch.amax(parts, 0, out=largest)
     elif largest.numel():
