@@ -14,7 +14,7 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 def define(schema: str, run: Callable[..., Any], shapes: Callable[..., Any]) -> OpOverload:
-    """The operator farspan::`schema`, without a gradient of its own: an autograd.Function around it has that.
+    """The operator farspan::`schema`. Its gradient is that of an autograd.Function around it, or `register_autograd`'s.
 
     run: what it does, on any device. shapes: its results for a tracer, from fake tensors: shapes, types and strides
     alone, which must be those that `run` gives. This costs about half the host time of `torch.library.custom_op`.

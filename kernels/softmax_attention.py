@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from farspan.kernels.define import define
 from farspan.kernels.softmax_attention_backends import Backend, Cpu, Math, lse_dtype
 from farspan.kernels.softmax_attention_cuda import Cudnn, Flash
 from farspan.kernels.softmax_attention_mask import Mask, bottom_right, trim, visible
@@ -315,20 +316,12 @@ def _derive(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor 
     return (*grads, None, None if saved[-1] is None else dsinks, None, None, None, None)
 
 
-# Library.define saves about 8 us a call over torch.library.custom_op. The ops live as long as this object.
-_LIBRARY = torch.library.Library("farspan", "FRAGMENT")
 _OPTIONS = "Tensor? cu_seqlens, Tensor? sinks, bool causal, int? window, float? scale, float? softcap"
-_LIBRARY.define(
-    f"attend(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_LIBRARY.define(
+define(f"attend(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)", _attend, _attend_fake)
+define(
     "attend_backward(Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     f"{_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    _attend_backward,
+    _attend_backward_fake,
 )
-_LIBRARY.impl("attend", _attend, "CompositeExplicitAutograd")
-_LIBRARY.impl("attend_backward", _attend_backward, "CompositeExplicitAutograd")
-torch.library.register_fake("farspan::attend", _attend_fake, lib=_LIBRARY)
-torch.library.register_fake("farspan::attend_backward", _attend_backward_fake, lib=_LIBRARY)
-torch.library.register_autograd("farspan::attend", _derive, setup_context=_save, lib=_LIBRARY)
+torch.library.register_autograd("farspan::attend", _derive, setup_context=_save)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from farspan.kernels.define import define
 from farspan.kernels.softmax_attention import join_sinks, sinks_gradient
 from farspan.kernels.softmax_attention_backends import lse_dtype
 from farspan.parallel.context.exchange import Link, drive
@@ -251,19 +252,12 @@ def _derive(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     return (*grads, None if saved[5] is None else dsinks, *(None,) * 6)
 
 
-_LIBRARY = torch.library.Library("farspan", "FRAGMENT")
 _OPTIONS = "Tensor? sinks, Tensor table, str name, bool causal, int? window, float? scale, float? softcap"
-for _name, _arguments, _results in (
-    ("attend_spread", "Tensor q, Tensor k, Tensor v", "(Tensor, Tensor)"),
-    (
-        "attend_spread_backward",
-        "Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse",
-        "(Tensor, Tensor, Tensor, Tensor)",
-    ),
-):
-    _LIBRARY.define(f"{_name}({_arguments}, {_OPTIONS}) -> {_results}", tags=(torch.Tag.pt2_compliant_tag,))
-_LIBRARY.impl("attend_spread", _attend, "CompositeExplicitAutograd")
-_LIBRARY.impl("attend_spread_backward", _attend_backward, "CompositeExplicitAutograd")
-torch.library.register_fake("farspan::attend_spread", _attend_fake, lib=_LIBRARY)
-torch.library.register_fake("farspan::attend_spread_backward", _attend_backward_fake, lib=_LIBRARY)
-torch.library.register_autograd("farspan::attend_spread", _derive, setup_context=_save, lib=_LIBRARY)
+define(f"attend_spread(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)", _attend, _attend_fake)
+define(
+    "attend_spread_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    _attend_backward,
+    _attend_backward_fake,
+)
+torch.library.register_autograd("farspan::attend_spread", _derive, setup_context=_save)

@@ -106,10 +106,9 @@ class Choice:
         offered = list(self.offered(call))
         offered = [spanning for spanning in offered if describe(spanning) == before] or offered
         found = [(spanning, simulate(spanning, call, self.machine)) for spanning in offered]
-        found.sort(key=lambda each: each[1].seconds)  # stable: of equals, the plainer
-        limit = found[0][1].seconds * ALIKE
-        alike = {describe(spanning) for spanning, told in found if told.seconds <= limit}
-        taken = next(spanning for spanning in offered if describe(spanning) in alike)
+        limit = ALIKE * min(told.seconds for _, told in found)
+        taken = next(spanning for spanning, told in found if told.seconds <= limit)  # plain ones stand first
+        found.sort(key=lambda each: each[1].seconds)
         return Ranked(taken, tuple(found))
 
     def _typical(self, of: Layout) -> Layout:
