@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from math import pi, prod
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 _MASK = 0xFFFFFFFF
@@ -27,6 +29,48 @@ def bits(index: Tensor, key: int) -> Tensor:
     """
     x = _mix((index & _MASK) ^ (key & _MASK))
     return _mix(x ^ ((index >> 32) & _MASK) ^ (key >> 32))
+
+
+def step_bits(index: Tensor, key: int, step: int) -> Tensor:
+    """As `bits`, other ones at every step and from a single round: for one draw a weight and step, in a fused kernel.
+
+    The round is keyed twice, before its first product and after it, by two words mixed of key and step.
+    """
+    before, after = _step_keys(key, step)
+    x = (index & _MASK) ^ before
+    x = ((x ^ (x >> 16)) * 0x7FEB352D + after + (index >> 32) * 0x9E3779B9) & _MASK
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK
+    return x ^ (x >> 16)
+
+
+def _step_keys(key: int, step: int) -> tuple[int, int]:
+    words = torch.tensor([key & _MASK, key >> 32], dtype=torch.int64)
+    before, after = _mix(_mix(words ^ (step & _MASK)) ^ words.flip(0)).tolist()
+    return before, after
+
+
+@triton.jit
+def step_keys(low, high, step):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+    """The two words of `step_bits`, uint32; low and high half of the key, and the step, of any integer type."""
+    low, high, step = low.to(tl.uint32), high.to(tl.uint32), step.to(tl.uint32)
+    return _mix_words(_mix_words(low ^ step) ^ high), _mix_words(_mix_words(high ^ step) ^ low)
+
+
+@triton.jit
+def keyed_bits(index, before, after):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+    """`step_bits` of an int64 index, uint32, by the words of `step_keys`."""
+    low, high = index.to(tl.uint32), (index >> 32).to(tl.uint32)
+    x = low ^ before
+    x = (x ^ (x >> 16)) * 0x7FEB352D + (after + high * 0x9E3779B9)
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _mix_words(x):  # type: ignore[no-untyped-def]  # noqa: ANN001
+    x = (x.to(tl.uint32) ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
 
 
 def _mix(x: Tensor) -> Tensor:

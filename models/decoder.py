@@ -10,6 +10,7 @@ from farspan.kernels.random import Normal
 from farspan.models.block import Block, NormPlacement
 from farspan.models.mixers.softmax import Angles, Softmax
 from farspan.models.norm import Norm, Rms
+from farspan.models.roles import RoleKind
 from farspan.models.rope import Rope
 from farspan.parallel.context import Context, Runtime
 from farspan.parallel.context.shard import Batch
@@ -126,6 +127,9 @@ class DecoderModel(nn.Module):
     def placements(self) -> dict[str, Placement]:
         names = ["embed.weight"] if self.head is None else ["embed.weight", "head.weight"]
         return dict.fromkeys(names, Column())
+
+    def roles(self) -> dict[str, RoleKind]:
+        return {"embed.weight": "embedding", **({} if self.head is None else {"head.weight": "head"})}
 
     def initial(self) -> dict[str, Normal]:
         std = self.embed.embedding_dim**-0.5

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,32 @@ dist.destroy_process_group()
 """
 
 
+def _start(world: int, function: Callable[..., Any], arguments: str, out: Path) -> list[tuple[int, str]]:
+    """(exit code, output) of each rank that failed."""
+    command = [sys.executable, "-c", _CHILD, function.__code__.co_filename, function.__name__, arguments, str(out)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world), "PYTHONSAFEPATH": "1"}
+    place |= {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}  # who dies in native code says where
+    started = [
+        subprocess.Popen(
+            command,
+            env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    try:
+        said = [process.communicate(timeout=240)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [(process.returncode, text) for process, text in zip(started, said, strict=True) if process.returncode]
+
+
 @pytest.fixture(scope="session")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     """`ranks(world, function, **arguments)`: what the function returned on each rank; arguments travel as JSON."""
@@ -36,30 +63,14 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     def run(world: int, function: Callable[..., Any], **arguments: Any) -> list[Any]:
         import torch
 
-        out = tmp_path_factory.mktemp("ranks")
-        command = [sys.executable, "-c", _CHILD, function.__code__.co_filename, function.__name__]
-        command += [json.dumps(arguments), str(out)]
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world), "PYTHONSAFEPATH": "1"}
-        started = [
-            subprocess.Popen(
-                command,
-                env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for rank in range(world)
-        ]
-        try:
-            said = [process.communicate(timeout=240)[0] for process in started]
-        finally:
-            for process in started:
-                process.kill()
-        failed = [text for process, text in zip(started, said, strict=True) if process.returncode]
-        assert not failed, "\n".join(failed)
+        for again in (True, False):
+            out = tmp_path_factory.mktemp("ranks")
+            failed = _start(world, function, json.dumps(arguments), out)
+            if again and any(code < 0 for code, _ in failed):  # torch's own threads crash once in hundreds of runs
+                warnings.warn(f"a rank of {function.__name__} was killed; once more: {failed}", stacklevel=2)
+                continue
+            assert not failed, "\n".join(f"exit {code}: {text}" for code, text in failed)
+            break
         return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in range(world)]
 
     return run

@@ -62,6 +62,8 @@ class Compiled:
     shared: int
     """Bytes a block."""
     ptx: str
+    loop: int
+    """Machine instructions of the longest loop, or of the whole program where there is none."""
     sums: tuple[str, ...]
     """How what is summed lies over the threads, for each sum of the program: equal ones have the same last bit."""
 
@@ -92,7 +94,8 @@ def compiled(kernel: Any, types: dict[str, str], fixed: dict[str, Any], **option
     assert ".f64" not in built.asm["ptx"], f"{function.__name__}: computes in fp64"
     assert built.metadata.shared <= SHARED_MEMORY, f"{function.__name__}: {built.metadata.shared} B of shared memory"
     registers, stack = _resources(built.asm["cubin"])
-    return Compiled(registers, stack, built.metadata.shared, built.asm["ptx"], _sums(built.asm["ttgir"]))
+    loop, shared = _longest_loop(built.asm["cubin"]), built.metadata.shared
+    return Compiled(registers, stack, shared, built.asm["ptx"], loop, _sums(built.asm["ttgir"]))
 
 
 def _sums(program: str) -> tuple[str, ...]:
@@ -124,13 +127,30 @@ def round_as_hardware_does() -> None:
 
 def _resources(cubin: bytes) -> tuple[int, int]:
     """Registers and bytes of stack a thread, as cuobjdump tells them."""
+    found = re.search(r"REG:(\d+) STACK:(\d+)", _ask("cuobjdump", "--dump-resource-usage", cubin))
+    assert found
+    return int(found[1]), int(found[2])
+
+
+def _longest_loop(cubin: bytes) -> int:
+    """Machine instructions between a label and the furthest jump back to it."""
+    labels: dict[str, int] = {}
+    count = longest = 0
+    for line in _ask("nvdisasm", "-c", cubin).splitlines():
+        if label := re.match(r"(\.L\w+):", line.strip()):
+            labels[label[1]] = count
+        elif re.match(r"\s+/\*[0-9a-f]{4,}\*/", line):
+            count += 1
+            if (jump := re.search(r"BRA.*`\((\.L\w+)\)", line)) and jump[1] in labels:
+                longest = max(longest, count - labels[jump[1]])
+    return longest if longest > 1 else count  # programs end in a jump to itself
+
+
+def _ask(tool: str, option: str, cubin: bytes) -> str:
     import triton
 
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    path = Path(triton.__file__).parent / "backends/nvidia/bin" / tool
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        said = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", said.stdout)
-    assert found, said.stdout
-    return int(found[1]), int(found[2])
+        return subprocess.run([path, option, file.name], capture_output=True, text=True, check=True).stdout

@@ -1,0 +1,137 @@
+"""8-bit codes for the moments of Adam: dynamic exponent, seven decades below a block's maximum.
+
+The values are those of "8-bit Optimizers via Block-wise Quantization" (Dettmers et al., 2022) but for the ends: decade
+d of 0..6 has n equal cells between 10^(d−7) and 10^(d−6), n = 2^d for signed codes and 2^(d+1) for unsigned ones, and a
+code stands for the middle of its cell. Signed codes are a sign and seven bits, so that −1 exists as 1 does: the
+published map has none, and a negative maximum shrinks by 0.7 % with every step. An unsigned code is never zero (code 0
+stands for 5.5e-8 of the maximum): a second moment of zero would make a step of first/eps.
+"""
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TINY = tl.constexpr(1e-30)
+"""The smallest scale of a block that is stored: its reciprocal stays finite."""
+
+_UP = tl.constexpr(12582912.0)
+"""1.5 · 2²³: added to a small number, it leaves the nearest integer in the low bits."""
+_HALF = tl.constexpr(0.499)
+"""Below a half, so that a block's maximum, whose place is a whole number, rounds up."""
+_CELLS = tl.constexpr(512)
+"""Where the cells begin in `tables`: behind what signed and unsigned codes stand for."""
+
+
+def values(signed: bool) -> list[float]:
+    """What the 256 codes stand for: signed ones are 0..127 and then their negatives, unsigned ones grow."""
+    magnitudes = [0.0] if signed else [5.5e-8]
+    for decade in range(7):
+        n = 2**decade if signed else 2 ** (decade + 1)
+        magnitudes += [10.0 ** (decade - 6) * (0.1 + 0.9 * (j + 0.5) / n) for j in range(n)]
+    top = 127 if signed else 255
+    magnitudes = [*magnitudes[:top], 1.0]
+    return magnitudes + [-value for value in magnitudes] if signed else magnitudes
+
+
+def _cells(signed: bool) -> list[float]:
+    """For numbers y of each binary exponent (as fp32 stores it, 0..127) the line on which codes grow with y.
+
+    In a decade of n cells y lies n/0.9 · 10^(6−d) y + 8/9 n above the decade's first number less n. Given are the
+    slopes and then the 8/9 n of the decade in which the largest y of an exponent is. Where an exponent holds the end of
+    a decade, some y are of the one before, where codes grow five times as fast: lines only ever bend down, so the lower
+    one holds.
+    """
+    highest = [2.0 ** (exponent - 126) for exponent in range(127)] + [1.0]
+    decades = [next(d for d in range(7) if 10.0 ** (d - 6) >= y or d == 6) for y in highest]
+    cells = [2.0**d if signed else 2.0 ** (d + 1) for d in decades]
+    return [n / 0.9 * 10.0 ** (6 - d) for n, d in zip(cells, decades, strict=True)] + [n * 8 / 9 for n in cells]
+
+
+@cache
+def tables(device: torch.device) -> Tensor:
+    """`values` of signed and of unsigned codes, then the cells of both: fp32, 4 KB."""
+    told = values(True) + values(False) + _cells(True) + _cells(False)
+    return torch.tensor(told, dtype=torch.float64).float().to(device)
+
+
+def decode(codes: Tensor, scales: Tensor, block: int, *, signed: bool) -> Tensor:
+    """codes: uint8 ... N, scales: fp32 ... N/block -> fp32 ... N."""
+    parts = tables(codes.device)[codes.int() + (0 if signed else 256)].unflatten(-1, (-1, block))
+    return (parts * scales.unsqueeze(-1)).flatten(-2)
+
+
+def encode(x: Tensor, block: int, *, signed: bool, random: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x: fp32 ... N -> codes uint8 ... N and scales fp32 ... N/block, a block's largest magnitude.
+
+    random: 32-bit numbers like x (int64), whose low 16 bits round up or down so that the mean is x; None: the nearest
+    cell. Chance is for unsigned codes alone.
+    """
+    parts = x.unflatten(-1, (-1, block))
+    scales = parts.abs().amax(-1).clamp(min=TINY.value)
+    y = (parts.abs() * (1 / scales).unsqueeze(-1)).flatten(-2)
+    if random is None:
+        place = place_of(y, signed=signed)
+    else:
+        place = between_codes(y) + ((random & 0xFFFF).float() * 2.0**-16 - 0.5)
+    code = place.clamp(max=127 if signed else 255).round().to(torch.uint8)
+    return (code + 128 * (x < 0).to(torch.uint8) if signed else code), scales
+
+
+def _line(y: Tensor, signed: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Of `_cells`: slope, slope times y, and 8/9 n."""
+    at = (y.view(torch.int32) >> 23) + (_CELLS.value if signed else _CELLS.value + 256)
+    slope = tables(y.device)[at]
+    return slope, slope * y, tables(y.device)[at + 128]
+
+
+def place_of(y: Tensor, *, signed: bool) -> Tensor:
+    """The code of y in [0, 1] as a real number, of which the nearest integer is the cell that y is in."""
+    _, here, first = _line(y, signed)
+    place = torch.minimum(here + first, 5 * here + first / 2) - (_HALF.value if signed else 1 + _HALF.value)
+    return place.clamp(min=0.0)
+
+
+def between_codes(y: Tensor) -> Tensor:
+    """The unsigned code of y in [0, 1] as a real number, linear in y between what neighbouring codes stand for.
+
+    Middles of cells lie on a line within a decade, and between two decades on another, of a third of the former's
+    slope; the lowest of all lines holds, but for the last step, from the last middle to 1.
+    """
+    slope, here, first = _line(y, False)
+    lines = torch.minimum(here + (first - 1.5), 5 * here + (first / 2 - 1.5))
+    gaps = torch.minimum(here / 3 + (first - 1) * (11 / 6), here * (5 / 3) + (first / 2 - 1) * (11 / 6))
+    return torch.maximum(torch.minimum(lines, gaps), 2 * here + (255 - 2 * slope)).clamp(min=0.0)
+
+
+@triton.jit
+def meaning(code, p_tables, SIGNED: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201, N803
+    """What a code stands for, of a block of scale 1."""
+    return tl.load(p_tables + code.to(tl.int32) + (0 if SIGNED else 256))
+
+
+@triton.jit
+def nearest(y, p_tables, SIGNED: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201, N803
+    """The code of the cell that y in [0, 1] is in, int32: `place_of`, rounded."""
+    at = p_tables + (y.to(tl.int32, bitcast=True) >> 23) + (_CELLS if SIGNED else _CELLS + 256)
+    here, first = tl.load(at) * y, tl.load(at + 128)
+    if SIGNED:
+        place = tl.minimum(tl.minimum(here + (first - _HALF), 5 * here + (first * 0.5 - _HALF)), 127.0)
+    else:
+        place = tl.maximum(tl.minimum(here + (first - (1 + _HALF)), 5 * here + (first * 0.5 - (1 + _HALF))), 0.0)
+    return (place + _UP).to(tl.int32, bitcast=True) & 0xFF
+
+
+@triton.jit
+def between(y, random, p_tables):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+    """One of the two unsigned codes next to y in [0, 1], by the low 16 bits of random (uint32): `between_codes`."""
+    at = p_tables + (y.to(tl.int32, bitcast=True) >> 23) + (_CELLS + 256)
+    slope, first = tl.load(at), tl.load(at + 128)
+    here = slope * y
+    lines = tl.minimum(here + (first - 1.5), 5 * here + (first * 0.5 - 1.5))
+    gaps = tl.minimum(here * (1 / 3) + (first - 1) * (11 / 6), here * (5 / 3) + (first * 0.5 - 1) * (11 / 6))
+    place = tl.maximum(tl.maximum(tl.minimum(lines, gaps), 2 * here + (255 - 2 * slope)), 0.0)
+    drawn = ((random & 0xFFFF).to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True)  # 2²³ + 16 random bits
+    return (tl.minimum(place + (drawn * 2.0**-16 - 128.5), 255.0) + _UP).to(tl.int32, bitcast=True) & 0xFF

@@ -1,0 +1,41 @@
+"""What a weight is to the model, as optimizers ask: a matrix of a layer, or one of the weights they treat apart."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from farspan.parallel.placement import Row
+from farspan.parallel.tensor import declared
+
+RoleKind = Literal["matrix", "embedding", "head", "router", "norm"]
+
+
+@dataclass(frozen=True)
+class Role:
+    """What an optimizer knows about a weight besides its shape; the same on every mesh."""
+
+    kind: RoleKind
+    """norm stands for every weight of fewer than two axes: norms, biases, sinks."""
+    cut_inputs: bool = False
+    """Whether tensor parallelism would cut its last axis."""
+
+
+def roles(model: nn.Module) -> dict[str, Role]:
+    """The role of every weight by its full name: what modules declare in `roles()`, else by the number of axes."""
+    told: dict[str, RoleKind] = {
+        f"{path}.{name}" if path else name: kind
+        for path, module in model.named_modules()
+        if hasattr(module, "roles")
+        for name, kind in module.roles().items()
+    }
+    cut = {
+        f"{path}.{name}" if path else name
+        for path, _, placements in declared(model)
+        for name, placement in placements.items()
+        if isinstance(placement, Row)
+    }
+    return {
+        name: Role(told.get(name, "norm" if weight.dim() < 2 else "matrix"), name in cut)
+        for name, weight in model.named_parameters()
+    }
