@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from farspan.kernels.random import Normal
 from farspan.models.block import Block, NormPlacement
 from farspan.models.mixers.softmax import Angles, Softmax
-from farspan.models.norm import Norm, Rms
+from farspan.models.norm import Layer, Norm, Rms
 from farspan.models.roles import RoleKind
 from farspan.models.rope import Rope
 from farspan.parallel.context import Context, Runtime
@@ -35,6 +35,9 @@ class Decoder:
     placement: NormPlacement = "pre"
     """Where the norms stand, see `farspan.models.block.Layer`. pre and peri norm the last layer's output as well, and
     peri the embedding, as its paper has it; under post the last layer has done so already."""
+    stable_embedding: bool = False
+    """A LayerNorm behind the embedding, whose first values are Xavier's: for 8-bit optimizer state (Dettmers et al.,
+    2022)."""
     z_loss: float = 0.0
     """What the squared log-sum-exp of a token's logits weighs in its training loss, which keeps logits small
     (Chowdhery et al., 2022: 1e-4). Evaluation leaves it out."""
@@ -114,7 +117,9 @@ class DecoderModel(nn.Module):
         runs = [block for block in config.blocks for _ in range(block.repeat)]
         layers = [block.build(width, depth, norm, placement, context) for block in runs]
         self.layers = nn.ModuleList(layers)
-        self.embed_norm = norm.build(width) if placement == "peri" else nn.Identity()
+        peri = norm.build(width) if placement == "peri" else nn.Identity()
+        self.embed_norm = Layer().build(width) if config.stable_embedding else peri
+        self.embed_std = (2 / (vocabulary + width)) ** 0.5 if config.stable_embedding else width**-0.5
         self.norm = nn.Identity() if placement == "post" else norm.build(width)
         self.head = None if config.tied else nn.Linear(width, vocabulary, bias=False)
         repeats = [block.repeat for block in config.blocks]
@@ -132,9 +137,8 @@ class DecoderModel(nn.Module):
         return {"embed.weight": "embedding", **({} if self.head is None else {"head.weight": "head"})}
 
     def initial(self) -> dict[str, Normal]:
-        std = self.embed.embedding_dim**-0.5
-        head = {} if self.head is None else {"head.weight": Normal(0.0, std)}
-        return {"embed.weight": Normal(0.0, std), **head}
+        head = {} if self.head is None else {"head.weight": Normal(0.0, self.embed.embedding_dim**-0.5)}
+        return {"embed.weight": Normal(0.0, self.embed_std), **head}
 
     def flops(self, lengths: tuple[int, ...]) -> int:
         """Forward operations for documents of these lengths; a backward is twice that."""

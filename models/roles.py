@@ -1,7 +1,7 @@
 """What a weight is to the model, as optimizers ask: a matrix of a layer, or one of the weights they treat apart."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import nn
 
@@ -9,6 +9,8 @@ from farspan.parallel.placement import Row
 from farspan.parallel.tensor import declared
 
 RoleKind = Literal["matrix", "embedding", "head", "router", "norm"]
+
+ROLES: tuple[RoleKind, ...] = get_args(RoleKind)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
 """A model spread over a mesh, and the few verbs that a training step is made of."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from math import prod
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -14,8 +16,10 @@ from farspan.parallel import fsdp, recompute, tensor
 from farspan.parallel.context import Runtime
 from farspan.parallel.context.shard import Batch
 from farspan.parallel.fsdp import local
+from farspan.parallel.lane import lane_to
 from farspan.parallel.mesh import Gather, Mesh
 from farspan.parallel.placement import Pieces
+from farspan.parallel.stash import Stash
 
 
 class Optimizer(Protocol):
@@ -28,8 +32,16 @@ class Optimizer(Protocol):
         """Its tensors by name, cut like the weights they belong to: what a checkpoint holds and restores in place."""
 
 
+@dataclass(frozen=True)
+class Held:
+    """What a rank holds between steps."""
+
+    weights: torch.dtype
+    gradients: torch.dtype
+
+
 class Engine:
-    """Owns the placed model. Order: cut and spread over tp, recompute, compile, shard, materialise."""
+    """Owns the placed model. Order: cut and spread over tp, recompute, compile, stash, shard, fill."""
 
     def __init__(
         self,
@@ -41,30 +53,50 @@ class Engine:
         context: Runtime,
         seed: int,
         compute: torch.dtype | None = None,
+        held: Held | None = None,
         kept: float | None = None,
+        stashed: bool = False,
         compiled: bool = False,
         gather: Gather = "layer",
     ) -> None:
         """`model` lives on the meta device; `layers` are its units of sharding, `starts` its first values.
 
         context: what the model attends with; it cuts the batches, which the ranks of cp are all given whole.
+        compute: the type of products; None: the weights' own. held: the types of weights and gradients between steps;
+        None: the model's own.
         kept: what stays of each layer until its backward, as `recompute.apply` has it; None: all of it.
+        stashed: what stays, stays in host memory.
         """
         shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
         pieces = tensor.cut(model, mesh.sizes.tp)
         if mesh.sizes.tp > 1:
             tensor.spread(model, mesh.tensor)
+        self.stash = Stash(lane_to(mesh.device)) if stashed else None
         for layer in layers:
-            recompute.apply(layer, kept, mesh.sizes.tp)
+            recompute.apply(layer, kept, mesh.sizes.tp, None if compiled else self.stash)
             if compiled:
                 layer.forward = torch.compile(layer.forward)
+        if self.stash is not None:
+            self.stash.watch(layers)
+        if held is not None:
+            model.to(held.weights)
+            compute = compute or torch.float32
         fsdp.shard(model, layers, mesh, compute, gather)
         model.to_empty(device=mesh.device)
+        self._gradients = None if held is None or held.gradients == held.weights else held.gradients
         self.model, self.mesh, self.context, self.gather = model, mesh, context, gather
         self._parts = Parts(dict(model.named_parameters()), shapes, pieces, mesh)
         self.weights = self._parts.weights
         """The weights by name: DTensors of whole shape that keep their identity while the model gathers and frees
         copies. After `forward_backward` their `.grad` is this rank's part of the whole gradient."""
+        for weight in [*model.parameters(), *self.weights.values()]:
+            weight.grad_dtype = self._gradients or weight.dtype
+        layer_of = {name: i for i, layer in enumerate(layers) for name in _names(model, layer)}
+        self.units = [[n for n in self.weights if n not in layer_of]]
+        """Names of the weights that are gathered together, in the order of the forward pass: what is in no layer comes
+        first."""
+        self.units += [[n for n in self.weights if layer_of.get(n) == i] for i in range(len(layers))]
+        self._layers = layers
         fsdp.fill(self.weights, starts, seed)
 
     def forward_backward(self, batches: Sequence[Batch], labels: float) -> Tensor:
@@ -79,6 +111,8 @@ class Engine:
             self.model.set_requires_all_reduce(last)  # type: ignore[operator]
             self.model.set_reshard_after_backward(last or self.gather == "layer")  # type: ignore[operator]
             loss = self.model(self._placed(batch)) / labels
+            if self._gradients is not None:
+                fsdp.keep_gradients_in(self.model, self._gradients)
             loss.backward()
             total += loss.detach()
         self._parts.finish()
@@ -102,7 +136,8 @@ class Engine:
         for copies in {self._parts.copies(name): None for name in gradients}:
             parts = [g for name, g in gradients.items() if g.numel() and self._parts.copies(name) == copies]
             if parts:
-                squares += torch.stack(torch._foreach_norm(parts)).double().square().sum() / copies
+                norms = torch._foreach_norm(parts, dtype=torch.promote_types(parts[0].dtype, torch.float32))
+                squares += torch.stack(norms).double().square().sum() / copies
         dist.all_reduce(squares, group=self.mesh.weights.get_group("shard"))  # copies in `replicate` are equal
         if self.mesh.sizes.tp > 1:
             dist.all_reduce(squares, group=self.mesh.tensor.handle)
@@ -111,6 +146,13 @@ class Engine:
     def clear(self) -> None:
         """Drops the gradients."""
         self._parts.clear()
+
+    def gate(self, ready: Callable[[int, Sequence[Any]], None]) -> None:
+        """Has `ready(unit, streams)` called before each of `units` is gathered for a forward pass: what the present
+        stream and these are told from then on must find its weights updated."""
+        for i, unit in enumerate([self.model, *self._layers]):
+            hook = partial(_gate, ready, i)
+            unit.register_forward_pre_hook(hook, prepend=True)
 
     def evaluate(self, batch: Batch, at: Tensor | None = None) -> Tensor:
         """The model's answer without gradients, alike on all of cp and tp: summed loss, or logits at `at` of row 0."""
@@ -125,6 +167,16 @@ class Engine:
                 answer = answer.masked_fill(~here.to(answer.device)[:, None], 0.0)
             dist.all_reduce(answer, group=self.mesh.context.handle)
         return answer
+
+
+def _gate(ready: Callable[[int, Sequence[Any]], None], unit: int, module: nn.Module, _: object) -> None:
+    ready(unit, fsdp.gathering_streams(module))
+
+
+def _names(model: nn.Module, layer: nn.Module) -> set[str]:
+    """The names in `model` of a layer's weights."""
+    own = {id(weight) for weight in layer.parameters()}
+    return {name for name, weight in model.named_parameters() if id(weight) in own}
 
 
 class Parts:

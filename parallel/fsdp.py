@@ -1,6 +1,8 @@
 """Fully sharded weights: each layer is one unit, gathered when it runs and cut again afterwards."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from math import prod
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,8 +19,8 @@ def shard(
 ) -> None:
     """Cuts `model` over the mesh in place; `compute` is the type of products, None for the weights' own.
 
-    Gradients are plain sums over ranks in the weights' type: the loss is divided by the global count of labels
-    beforehand, so no other factor exists anywhere.
+    Gradients are plain sums over ranks, in fp32 where products are not fp64: the loss is divided by the global count of
+    labels beforehand, so no other factor exists anywhere.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=compute, reduce_dtype=None if compute is None else torch.float32, cast_forward_inputs=False
@@ -28,6 +30,18 @@ def shard(
     for shards in units(model):
         shards.set_gradient_divide_factor(1.0)
         shards.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+
+
+def keep_gradients_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """What gradients are held and accumulated in, whatever the weights are held in. Called in every forward's wake.
+
+    FSDP rounds a gradient to the weight's type as soon as it is summed over the ranks, and reads that type once, before
+    the first forward.
+    """
+    for unit in units(model):
+        group = unit._get_fsdp_state()._fsdp_param_group
+        if group is not None:
+            group._orig_dtype = dtype
 
 
 def units(model: nn.Module) -> Iterator[FSDPModule]:
@@ -41,8 +55,44 @@ def fill(weights: Mapping[str, DTensor], starts: Mapping[str, Normal], seed: int
     for name, weight in weights.items():
         if name not in starts:
             raise KeyError(f"{name}: no initial value; declare it in its module's initial()")
-        _, offset = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
-        starts[name].fill(local(weight), key(seed, "initial", name), tuple(weight.shape), tuple(offset))
+        starts[name].fill(local(weight), key(seed, "initial", name), tuple(weight.shape), offset(weight))
+
+
+def offset(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Where this rank's part of a DTensor begins in the whole; any other tensor is whole."""
+    if not isinstance(tensor, DTensor):
+        return (0,) * tensor.dim()
+    return tuple(compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)[1])
+
+
+def beside(weight: torch.Tensor, dtype: torch.dtype, block: int = 1) -> torch.Tensor:
+    """Zeros cut like a weight; of `block` as `around` has it."""
+    mine = local(weight)
+    zeros = torch.zeros((*mine.shape[:-1], mine.shape[-1] // block) if block > 1 else mine.shape, dtype=dtype)
+    return around(weight, zeros.to(mine.device), block)
+
+
+def around(weight: torch.Tensor, mine: torch.Tensor, block: int = 1) -> torch.Tensor:
+    """`mine`, wherever it lies, as this rank's part of a tensor cut like a weight, with one element for every `block`
+    of the weight's last axis; the block divides that axis on every rank."""
+    if not isinstance(weight, DTensor):
+        return mine
+    shape = torch.Size((*weight.shape[:-1], weight.shape[-1] // block)) if block > 1 else weight.shape
+    strides = tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
+    like = mine.to("meta")  # a mesh of GPUs would take a copy of what lies on the host
+    spec = DTensor.from_local(
+        like, weight.device_mesh, weight.placements, run_check=False, shape=shape, stride=strides
+    )._spec
+    return DTensor(mine, spec, requires_grad=False)
+
+
+def gathering_streams(module: nn.Module) -> list[Any]:
+    """The streams that gather a unit's weights, besides the present one; none before the first forward."""
+    if not isinstance(module, FSDPModule):
+        return []
+    made = module._get_fsdp_state()._comm_ctx
+    names = ("all_gather_copy_in_stream", "all_gather_stream")
+    return [stream for name in names if (stream := getattr(made, name, None)) is not None]
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:

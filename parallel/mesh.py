@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,33 @@ from farspan.parallel.context import Auto, Context
 Axis = Literal["pp", "dp", "cp", "tp", "edp", "ep", "etp", "replicate", "shard", "parts", "copies"]
 Gather = Literal["layer", "step"]
 Size = int | Literal["auto"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fsdp:
+    """torch's FSDP2 cuts the weights, layer by layer: everything works with it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Zero:
+    """DeepSpeed's ZeRO does (Rajbhandari et al., 2020): under AdamW, over dp and cp; needs the extra `deepspeed`."""
+
+    stage: Literal[1, 2, 3] = 3
+    """What is cut over the ranks: 1: optimizer state; 2: gradients as well; 3: weights too."""
+    offload: Literal["none", "optimizer", "optimizer_and_weights"] = "none"
+    """What waits in the host's memory, where the optimizer then steps."""
+
+    BUCKET: ClassVar[int] = 500_000_000
+    """Gradients that are summed over the ranks at once, at most."""
+    LIVE: ClassVar[int] = 1_000_000_000
+    """Weights that stage 3 keeps gathered, at most."""
+
+    def __post_init__(self) -> None:
+        if self.offload == "optimizer_and_weights" and self.stage < 3:
+            raise ValueError(
+                f"offload={self.offload}: stage={self.stage} keeps whole weights on every rank; set stage: 3, or "
+                "offload: optimizer"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +67,8 @@ class Parallel:
     gather: Gather | Literal["auto"] = "auto"
     """How long a gathered weight stays: `layer` frees it after each forward and backward; `step` keeps it, in the type
     of products, through all micro-batches: fewer gathers for more memory. auto: step where shard is 1."""
+    engine: Annotated[Fsdp | Zero, "choice"] = Fsdp()
+    """Who cuts weights, gradients and optimizer state over dp·cp, and brings them together."""
 
     def gathering(self, sizes: "Sizes") -> Gather:
         """`gather` with `auto` resolved: one rank that holds all weights would copy them over and over for nothing."""
@@ -68,7 +97,18 @@ class Parallel:
         whole = world // self.pp // self.tp
         if self.shard != "auto" and whole % self.shard:
             return [f"parallel.shard={self.shard}: must divide dp·cp={whole}; try {_divisor(whole, self.shard)}"]
-        return []
+        return self._zero_problems(whole) if isinstance(self.engine, Zero) else []
+
+    def _zero_problems(self, whole: int) -> list[str]:
+        """What DeepSpeed's engine cannot do with these sizes, `whole` ranks holding the weights between them."""
+        refused = {
+            f"tp={self.tp}: engine.kind=zero cuts whole weights only; set tp: 1": self.tp > 1,
+            f"shard={self.shard}: engine.kind=zero cuts over all {whole} ranks; set shard: auto": (
+                self.shard not in ("auto", whole)
+            ),
+            f"gather={self.gather}: engine.kind=zero gathers by itself; set gather: auto": self.gather != "auto",
+        }
+        return [f"parallel.{problem}, or engine: {{kind: fsdp}}" for problem, found in refused.items() if found]
 
     def _way_out(self, world: int, inner: int) -> str:
         """What makes `inner` ranks of the other axes times dp the world."""

@@ -11,18 +11,18 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from farspan.kernels.fp8 import PRODUCT
 
-Recompute = Literal["none", "block", "selective"]
+Recompute = Literal["none", "block", "selective", "offload"]
 
 KEEP = 0.5
 """The usual share of the products' bytes that selective recomputation keeps."""
@@ -41,12 +41,23 @@ Call = tuple[OpOverload, int]
 """An op and how many of the same came before it in the layer: known alike to the trace, to a run and to a compiler."""
 
 
-def apply(layer: nn.Module, keep: float | None, parts: int = 1) -> None:
+class Store(Protocol):
+    """Where what is kept waits for the backward."""
+
+    def pack(self, tensor: Tensor) -> Any:
+        """What stands for the tensor until then."""
+
+    def unpack(self, packed: Any) -> Tensor:
+        """The tensor again."""
+
+
+def apply(layer: nn.Module, keep: float | None, parts: int = 1, store: Store | None = None) -> None:
     """Wraps `layer.forward` in place. Attention's outputs are always kept: it is dear, and may hold exchanges.
 
     keep: None: nothing runs again; 0: all else does; up to 1: so much of the bytes of the products that would run
     again stays, and 1 spares them all. parts: among how many ranks the tokens of x are dealt out; those of the other
     arguments are not. The layer has `example(rows, length)`, arguments for its forward, and may be on the meta device.
+    store: who holds the outputs that stay; None: this does, and torch.compile can see through it.
     """
     if keep is None:
         return
@@ -55,7 +66,11 @@ def apply(layer: nn.Module, keep: float | None, parts: int = 1) -> None:
         x, *others = layer.example(1, TOKENS * parts)  # type: ignore[operator]
         kept = choose(trace(layer, x[:, :TOKENS].detach().clone().requires_grad_(), *others), keep)
     layer.forward = partial(
-        checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False, context_fn=_keeping(kept)
+        checkpoint,
+        layer.forward,
+        use_reentrant=False,
+        preserve_rng_state=False,
+        context_fn=_keeping(kept) if store is None else partial(_storing, kept, store),
     )
 
 
@@ -80,6 +95,56 @@ def _contexts(kept: frozenset[Call]) -> tuple[AbstractContextManager[None], Abst
         return CheckpointPolicy.MUST_SAVE if stays else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)
+
+
+def _storing(kept: frozenset[Call], store: Store) -> tuple["_Keep", "_Recall"]:
+    """What one forward of a layer runs in, and its recomputation, with the outputs that stay in `store`."""
+    shelf: dict[Call, Any] = {}
+    return _Keep(kept, store, shelf), _Recall(store, shelf)
+
+
+class _Keep(TorchDispatchMode):
+    """Hands the outputs that stay to a store, and puts what stands for them on the shelf."""
+
+    def __init__(self, kept: frozenset[Call], store: Store, shelf: dict[Call, Any]) -> None:
+        super().__init__()
+        self.kept, self.store, self.shelf = kept, store, shelf
+        self.always, self.counts = _always(), Counter[OpOverload]()
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        call = func, self.counts[func]
+        self.counts[func] += 1
+        if func in self.always or call in self.kept:
+            if func in _SUMS:
+                torch.ops._c10d_functional.wait_tensor(out)  # the layer's own wait comes after this
+            self.shelf[call] = tree_map_only(Tensor, self.store.pack, out)
+        return out
+
+
+class _Recall(TorchDispatchMode):
+    """Takes from the shelf what is there; all else runs again."""
+
+    def __init__(self, store: Store, shelf: dict[Call, Any]) -> None:
+        super().__init__()
+        self.store, self.shelf = store, shelf
+        self.counts = Counter[OpOverload]()
+
+    def __enter__(self) -> Self:
+        self.counts.clear()  # a graph that is retained comes here again
+        super().__enter__()
+        return self
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        call = func, self.counts[func]
+        self.counts[func] += 1
+        if call not in self.shelf:
+            return func(*args, **(kwargs or {}))
+        return tree_map(self.store.unpack, self.shelf[call])
 
 
 @dataclass(frozen=True)
@@ -130,11 +195,19 @@ class Trace:
 
     def held(self, keep: float | None) -> tuple[int, int]:
         """Bytes that the layer holds from its forward to its backward, and those that come back for its backward."""
-        if keep is None:
-            return self.bytes(self.saved), 0
-        kept, always = choose(self, keep), _always()
-        stay = {self.input}.union(*(s.writes for s in self.steps if s.call in kept or s.call[0] in always))
+        stay = self._stay(keep)
         return self.bytes(stay), self.bytes(self.saved - stay)
+
+    def large(self, keep: float | None, least: int) -> int:
+        """Of the bytes held, those of memories of at least `least` bytes: what `farspan.parallel.stash` moves."""
+        return self.bytes(memory for memory in self._stay(keep) if self.sizes.get(memory, 0) >= least)
+
+    def _stay(self, keep: float | None) -> frozenset[int]:
+        """The memories that are held."""
+        if keep is None:
+            return self.saved
+        kept, always = choose(self, keep), _always()
+        return frozenset({self.input}).union(*(s.writes for s in self.steps if s.call in kept or s.call[0] in always))
 
 
 def choose(traced: Trace, keep: float) -> frozenset[Call]:

@@ -2,15 +2,17 @@
 
 import os
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Literal
 
 from farspan.models.mixers import Softmax
 from farspan.models.zoo import Model
-from farspan.parallel.mesh import Parallel
+from farspan.parallel.mesh import Parallel, Zero
 from farspan.parallel.recompute import KEEP, Recompute
+from farspan.platform.config import kind
 from farspan.platform.data import Data, Mixture
 from farspan.platform.metrics import Metrics
-from farspan.platform.optim import Optim
+from farspan.platform.optim import Adamw, Optim
 from farspan.platform.schedule import Schedule
 
 
@@ -57,11 +59,12 @@ class Train:
     micro_batch: int | None = None
     """At most so many rows at once per dp rank; null: all of a rank's rows."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Type of products; weights, gradients and optimizer state stay fp32. auto: bf16 on a GPU, fp32 on a CPU."""
+    """Type of products; the optimizer decides what weights are held in. auto: bf16 on a GPU, fp32 on a CPU."""
     recompute: Recompute = "none"
-    """What of a layer the backward computes again: nothing; the block but for attention; or all but chosen products."""
+    """What of a layer the backward computes again: nothing; the block but for attention; or all but chosen products.
+    offload: as selective, and what stays waits in host memory."""
     keep: float | None = None
-    """With recompute: selective, the share of the products' bytes that stays; null: 0.5."""
+    """With recompute: selective or offload, the share of the products' bytes that stays; null: 0.5."""
     compile: bool = False
     """torch.compile for each layer."""
     deterministic: bool = False
@@ -76,18 +79,25 @@ class Train:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: must be at least 1")
-        if self.keep is not None and self.recompute != "selective":
+        if self.keep is not None and self.recompute not in ("selective", "offload"):
             raise ValueError(
-                f"keep={self.keep}: recompute={self.recompute} has no use for it; set recompute: selective"
+                f"keep={self.keep}: recompute={self.recompute} has no use for it; set recompute: selective or offload"
             )
-        if self.keep is not None and not 0 < self.keep <= 1:
+        if self.keep is not None and self.recompute == "selective" and not 0 < self.keep <= 1:
             raise ValueError(f"keep={self.keep}: must be more than 0 and at most 1; recompute: block keeps nothing")
+        if self.keep is not None and not 0 <= self.keep <= 1:
+            raise ValueError(f"keep={self.keep}: must be from 0 to 1; at 0 only inputs and attention's outputs stay")
 
     @property
     def kept(self) -> float | None:
         """The share of the products' bytes that stays; None: whatever the backward needs does."""
-        shares = {"none": None, "block": 0.0, "selective": KEEP if self.keep is None else self.keep}
-        return shares[self.recompute]
+        share = KEEP if self.keep is None else self.keep
+        return {"none": None, "block": 0.0, "selective": share, "offload": share}[self.recompute]
+
+    @property
+    def stashed(self) -> bool:
+        """Whether what stays does so in host memory."""
+        return self.recompute == "offload"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +149,8 @@ class Job:
         found += [f"model.{problem}" for problem in uneven]
         if self.parallel.cp > 1 and not uneven:
             found += self._spread_problems()
+        if isinstance(self.parallel.engine, Zero):
+            found += self._zero_problems()
         warmup = self.schedule.warmup
         if warmup >= self.train.steps > 1:
             found.append(
@@ -164,6 +176,19 @@ class Job:
                 "ranks; set it to bidirectional: false, or parallel.cp=1"
             )
         return found
+
+    def _zero_problems(self) -> list[str]:
+        """What DeepSpeed's engine cannot do, or this machine without it."""
+        zero, train, optim = "parallel.engine.kind=zero", self.train, kind(type(self.optim))
+        refused = {
+            f"{zero}: DeepSpeed is not installed; pip install 'farspan[deepspeed]'": find_spec("deepspeed") is None,
+            f"optim.kind={optim}: {zero} steps adamw only; set that": not isinstance(self.optim, Adamw),
+            "optim.offload: is fsdp's; parallel.engine.offload is that of DeepSpeed": isinstance(self.optim, Adamw)
+            and self.optim.offload is not None,
+            f"train.compile=True: {zero} runs layers as they are; set it to false": train.compile,
+            f"train.recompute={train.recompute}: {zero} keeps activations on the device; set selective": train.stashed,
+        }
+        return [f"{problem}, or parallel.engine: {{kind: fsdp}}" for problem, found in refused.items() if found]
 
     def _one_way(self) -> list[str]:
         """The mixers that cannot show a prefix both ways."""

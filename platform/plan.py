@@ -1,15 +1,21 @@
 """What a job will be, before any process starts: parameters, operations, mesh, memory."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from farspan.models.decoder import DecoderModel
+from farspan.models.roles import roles
 from farspan.parallel import recompute, tensor
-from farspan.parallel.mesh import Sizes
+from farspan.parallel.mesh import Sizes, Zero
+from farspan.parallel.stash import LAST, LEAST
 from farspan.platform.config import kind
 from farspan.platform.job import Job
-from farspan.platform.trainer import compute_type
+from farspan.platform.optim import Adamw, Adamw8
+from farspan.platform.optim.cost import WINDOW
+from farspan.platform.optim.offload import PIECE
+from farspan.platform.optim.placement import Interleaved, Streamed
+from farspan.platform.trainer import compute_type, held_types
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,10 +31,18 @@ class Memory:
     """What lives until the backward of one micro-batch, traced on the meta device."""
     logits: int
     """One chunk of the loss, and the head's gradient."""
+    host: int
+    """What waits in the host's memory, and is in none of the others."""
+
+    @property
+    def device(self) -> dict[str, int]:
+        """Those on the device by name."""
+        return {name: size for name, size in vars(self).items() if name != "host"}
 
     @property
     def total(self) -> int:
-        return sum(vars(self).values())
+        """On the device."""
+        return sum(self.device.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +62,8 @@ class Plan:
     def lines(self) -> list[str]:
         sizes, memory, spread = self.sizes, self.memory, self.sizes.cp > 1
         axes = " · ".join(f"{axis}={getattr(sizes, axis)}" for axis in ("pp", "dp", "cp", "tp"))
-        parts = "  ".join(f"{name} {_bytes(size)}" for name, size in vars(memory).items())
+        parts = "  ".join(f"{name} {_bytes(size)}" for name, size in memory.device.items())
+        host = f"; about {_bytes(memory.host)} of host memory" if memory.host else ""
         context = f", context {self.context}" if spread else ""
         cut = f", cut into {sizes.cp} parts of {self.tokens_at_once:,}" if spread else ""
         note = "; what cp exchanges within a layer comes on top" if spread else ""
@@ -57,7 +72,7 @@ class Plan:
             f"FLOPs per token  {self.flops_per_token:.4g} (forward and backward)",
             f"mesh             {sizes.world} ranks = {axes}{context}; weights: {sizes.replicate} x shard {sizes.shard}",
             f"step             {self.tokens_per_step:,} tokens in {self.micro_batches} micro-batch(es) a rank{cut}",
-            f"memory           about {_bytes(memory.total)} a rank: {parts}{note}",
+            f"memory           about {_bytes(memory.total)} a rank: {parts}{note}{host}",
         ]
 
 
@@ -72,6 +87,8 @@ def plan(job: Job, world: int, device: str) -> Plan:
     micro = min(job.train.micro_batch or rows, rows)
     compute = compute_type(job, torch.device(device)) or torch.float32
     cut = (micro, length) if sizes.cp == 1 else (1, _part(micro * length, sizes))
+    memory = _memory(job, held, sizes, cut, compute)
+    memory = _under_offload(job, memory, _states(job, whole, held, sizes))
     return Plan(
         parameters=sum(weight.numel() for weight in whole.parameters()),
         flops_per_token=3 * whole.flops((length,)) / length,
@@ -80,7 +97,7 @@ def plan(job: Job, world: int, device: str) -> Plan:
         micro_batches=-(-rows // micro),
         tokens_per_step=job.train.batch * length,
         tokens_at_once=cut[0] * cut[1],
-        memory=_memory(job, held, sizes, cut, compute),
+        memory=_under_zero(job, memory, held, sizes, compute),
     )
 
 
@@ -98,29 +115,85 @@ def _memory(job: Job, model: DecoderModel, sizes: Sizes, cut: tuple[int, int], c
     layers = [sum(weight.numel() for weight in layer.parameters()) for layer in model.layers]
     root = weights - sum(layers)
     head = model.embed.weight
+    held = held_types(job, sizes.dp, compute)
+    activations, host = _activations(job, model.to(compute), *cut)
     chunk = min(1 << 27, cut[0] * cut[1] * head.shape[0])
     return Memory(
-        weights=4 * weights // sizes.shard,
-        gradients=4 * weights // sizes.shard,
-        optimizer=job.optim.bytes_per_weight() * weights // sizes.shard,
+        weights=held.weights.itemsize * weights // sizes.shard,
+        gradients=held.gradients.itemsize * weights // sizes.shard,
+        optimizer=0,
         gathered=(weights if job.parallel.gathering(sizes) == "step" else root + 2 * max(layers)) * compute.itemsize,
-        activations=_activations(job, model.to(compute), *cut),
+        activations=activations,
         logits=chunk * (4 + 4 + compute.itemsize) + 4 * head.numel(),
+        host=host,
     )
 
 
-def _activations(job: Job, model: DecoderModel, rows: int, length: int) -> int:
-    """Bytes that live from forward to backward, and what one layer's backward brings back; equal layers traced once."""
+def _states(job: Job, whole: DecoderModel, held: DecoderModel, sizes: Sizes) -> list[int]:
+    """Bytes of one rank's optimizer state: of what is in no layer, and of each layer."""
+    known, pieces = roles(whole), dict(held.named_parameters())
+    found = [0] * (1 + len(whole.layers))
+    for name, weight in whole.named_parameters():
+        _, _, rest = name.partition("layers.")
+        state = job.optim.state_bytes(tuple(weight.shape), known[name])
+        found[1 + int(rest.partition(".")[0]) if rest else 0] += state * pieces[name].numel() // weight.numel()
+    return [state // sizes.shard for state in found]
+
+
+def _under_offload(job: Job, memory: Memory, states: list[int]) -> Memory:
+    """With the optimizer's state where it is to live."""
+    offload = job.optim.offload if isinstance(job.optim, Adamw | Adamw8) else None
+    if offload is None:
+        return replace(memory, optimizer=sum(states))
+    room, window = 0, WINDOW * min(PIECE, max(states))
+    if isinstance(offload, Streamed):
+        room = int(offload.device_gb * 1e9)
+        if sum(states) <= room + window:
+            return replace(memory, optimizer=sum(states))
+    kept = max(sum(states[:i]) for i in range(len(states)) if sum(states[:i]) <= room)
+    away = sum(states) - kept
+    if isinstance(offload, Interleaved):  # beside moments and residual: fp32 weights and gradients, bf16 weights
+        away *= 2
+    return replace(memory, optimizer=kept + window, host=memory.host + away)
+
+
+def _under_zero(job: Job, memory: Memory, model: DecoderModel, sizes: Sizes, compute: torch.dtype) -> Memory:
+    """What DeepSpeed's engine makes of it: fp32 weights beside those of products, and a bucket of gradients."""
+    if not isinstance(zero := job.parallel.engine, Zero):
+        return memory
+    weights = sum(weight.numel() for weight in model.parameters())
+    part, alone = weights // sizes.shard, zero.stage == 3 and zero.offload == "none" and compute == torch.float32
+    held = {
+        "weights": compute.itemsize * (part if zero.stage == 3 else weights),
+        "gradients": 4 * (weights if zero.stage == 1 else part),
+        "optimizer": (8 if alone else 12) * part,
+    }
+    away = {"none": 0, "optimizer": 2, "optimizer_and_weights": 3}[zero.offload]
+    waiting = ("optimizer", "gradients", "weights")[:away]
+    host = sum(held.pop(name) for name in waiting)
+    held["gradients"] = held.get("gradients", 0) + compute.itemsize * min(weights, Zero.BUCKET)
+    gathered = compute.itemsize * min(weights, Zero.LIVE) if zero.stage == 3 else 0
+    return replace(memory, **{**dict.fromkeys(waiting, 0), **held}, gathered=gathered, host=memory.host + host)
+
+
+def _activations(job: Job, model: DecoderModel, rows: int, length: int) -> tuple[int, int]:
+    """Bytes that live from forward to backward, and what one layer's backward brings back; equal layers traced once.
+
+    Second: those of them that wait in host memory, of which at most two layers' are on the device as well.
+    """
     stream = rows * length * model.embed.embedding_dim * model.embed.weight.dtype.itemsize
     norms = sum(1 for norm in (model.embed_norm, model.norm) if any(True for _ in norm.parameters()))
     total, largest = (1 + norms) * stream, 0  # what the outer norms save, and the hidden gradient that the loss keeps
+    host = most = 0
     for first, repeat in model.runs:
         layer = model.layers[first]
         traced = recompute.trace(layer, *layer.example(rows, length))  # type: ignore[operator]
         held, again = traced.held(job.train.kept)
-        total += repeat * held
-        largest = max(largest, again)
-    return total + largest
+        away = traced.large(job.train.kept, LEAST) if job.train.stashed else 0
+        total += repeat * (held - away)
+        host += repeat * away
+        largest, most = max(largest, again), max(most, away)
+    return total + largest + min(host, 2 * most), host - LAST * away
 
 
 def _bytes(size: float) -> str:

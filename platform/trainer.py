@@ -7,17 +7,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from farspan.models.decoder import initial
+from farspan.models.decoder import DecoderModel, initial
+from farspan.models.roles import Role, roles
 from farspan.parallel.comm import Group
 from farspan.parallel.context import Axis, Runtime
-from farspan.parallel.engine import Engine
-from farspan.parallel.mesh import Mesh
+from farspan.parallel.engine import Engine, Held, Optimizer
+from farspan.parallel.mesh import Mesh, Zero
 from farspan.platform import checkpoint, evaluate
 from farspan.platform.checkpoint import Saver
 from farspan.platform.choices import Choices
@@ -26,11 +27,19 @@ from farspan.platform.data.loader import Loader
 from farspan.platform.feed import Feed, Work
 from farspan.platform.job import Job
 from farspan.platform.metrics import Journal, Line, Metrics, Sink, Sinks, Wandb, next_attempt, plain
+from farspan.platform.optim import Adamw, Adamw8
+from farspan.platform.optim.offload import Offloaded, split_for, units_of
+from farspan.platform.optim.placement import Split, lines
+from farspan.platform.optim.queues import queues_of
+from farspan.platform.optim.rates import Rates, measure, slowest
 from farspan.platform.recorder import Recorder, peak
 from farspan.platform.state import RunState
 from farspan.platform.tracing import Tracer
 
 Say = Callable[[str], None]
+
+SETTLED = 5
+"""Steps after which an update takes as long as all later ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +75,15 @@ def compute_type(job: Job, device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if wanted == "bf16" or (wanted == "auto" and device.type == "cuda") else None
 
 
+def held_types(job: Job, dp: int, compute: torch.dtype | None) -> Held:
+    """What weights and gradients are held in: gradients in fp32, unless one micro-batch gives bf16 weights theirs."""
+    rows = job.train.batch // dp
+    alone = (job.train.micro_batch or rows) >= rows
+    weights = job.optim.weight_type
+    in_half = weights == compute == torch.bfloat16 and alone
+    return Held(weights, torch.bfloat16 if in_half else torch.float32)
+
+
 class Trainer:
     def __init__(self, job: Job, mesh: Mesh, around: Surroundings) -> None:
         self.job, self.mesh, self.around, self.say = job, mesh, around, around.say
@@ -79,14 +97,19 @@ class Trainer:
             )
         if job.train.sample is not None:
             _check_prompt(job.train.sample.prompt, self.corpus.tokenizer)
-        self.engine, flops = self._engine()
-        self.optimizer = job.optim.build(self.engine.weights)
+        self.engine, flops, roles_of = self._engine()
+        self.split: Split | None = None
+        """What was foretold of offloaded state and has not been compared yet."""
+        if isinstance(job.parallel.engine, Zero):
+            self.optimizer: Optimizer = cast(Any, self.engine).optimizer
+        else:
+            self.optimizer = self._optimizer(roles_of)
         self.saver = Saver(around.folder / "checkpoints", job.checkpoint.keep, mesh.control, self.say)
         compute = compute_type(job, mesh.device)
         rate = peak(mesh.device, compute)
         self.recorder = Recorder(mesh.device, None if rate is None else rate * mesh.sizes.world)
         self.state = self._restore()
-        if job.checkpoint.every is not None:
+        if job.checkpoint.every is not None and not isinstance(self.optimizer, Offloaded):
             self.saver.prepare(self._tensors())
         self.sound = torch.ones((), dtype=torch.bool, device=mesh.device)
         """Falls for good at the first step that is not finite, under the policy `stop`."""
@@ -178,6 +201,7 @@ class Trainer:
         self.saver.poll()
         self.around.beat(step)
         self.choices.tell()
+        self._tell_split()
         self.save_due |= job.checkpoint.every is not None and step % job.checkpoint.every == 0
         evaluating = job.train.evaluate is not None and (last or step % job.train.evaluate.every == 0)
         if (last or evaluating or self.save_due or step % job.metrics.every == 0) and (broken := self._broken()):
@@ -186,10 +210,21 @@ class Trainer:
             self._evaluate()
         if self.save_due and self.finite_last and not last:
             resume = self.recorder.pause()
-            self.saver.start(step, self._tensors(), self._manifest())
+            # A save beside training copies the state aside: of offloaded state the host would hold everything twice.
+            save = self.saver.save if isinstance(self.optimizer, Offloaded) else self.saver.start
+            save(step, self._tensors(), self._manifest())
             self.save_due = False
             resume()
         return None
+
+    def _tell_split(self) -> None:
+        """How long an update of offloaded state takes, and was to take: once, when a few have been made."""
+        if self.split is not None and self.state.step % SETTLED == 0 and isinstance(self.optimizer, Offloaded):
+            measured = self.optimizer.seconds()
+            if measured is not None:
+                for line in lines(self.split, measured):
+                    self.say(line)
+                self.split = None
 
     def _end(self) -> Outcome:
         outcome = self._save_now("done", f"trained {self.state.step} steps")
@@ -307,7 +342,11 @@ class Trainer:
             return RunState()
         manifest = checkpoint.manifest_of(checkpoint.folder_of(root, step))
         self._refuse_other_data(manifest["data"], checkpoint.folder_of(root, step))
-        checkpoint.load(root, step, self._tensors(), self.mesh.control)
+        checkpoint.load(root, step, tensors := self._tensors(), self.mesh.control)
+        if isinstance(self.job.parallel.engine, Zero):
+            cast(Any, self.engine).restore(tensors)  # they are copies
+        if isinstance(self.optimizer, Offloaded):
+            self.optimizer.restored()
         self.saver.saved = step
         self.say(f"resumed from {checkpoint.folder_of(root, step)}")
         return RunState.of(manifest)
@@ -336,6 +375,25 @@ class Trainer:
             self.say(journal.note)
         return journal, Sinks(_sinks(self.job.metrics, folder, self.around.config), self.say)
 
+    def _optimizer(self, roles_of: Mapping[str, Role]) -> Optimizer:
+        """The job's optimizer; where its state is offloaded, the layers wait for their updates."""
+        optim, engine = self.job.optim, self.engine
+        if not isinstance(optim, Adamw | Adamw8) or optim.offload is None:
+            return optim.build(engine.weights, roles_of, self.job.seed)
+        device, control = self.mesh.device, self.mesh.control
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        mine = measure(device, lambda: dist.barrier(group=control), ranks=here)
+        every: list[Rates] = [mine] * dist.get_world_size(control)
+        dist.all_gather_object(every, mine, group=control)
+        units = units_of(optim, engine.weights, roles_of, self.job.seed, engine.units)
+        self.split = split = split_for(optim.offload, units, slowest(every))
+        self.say(
+            f"optimizer state: {split.code} (resident, streamed, cpu), an update of {split.predicted.update:.3g} s"
+        )
+        offloaded = Offloaded(units, split.places, queues_of(device), device)
+        engine.gate(offloaded.ready)
+        return offloaded
+
     def _context(self) -> Runtime:
         """What attention runs with, spread over cp; a group of ranks is made only where there are several."""
         mesh, context = self.mesh, self.job.parallel.context
@@ -350,11 +408,14 @@ class Trainer:
         )
         return context.build(axis)
 
-    def _engine(self) -> tuple[Engine, Callable[[tuple[int, ...]], float]]:
+    def _engine(self) -> tuple[Engine, Callable[[tuple[int, ...]], float], dict[str, Role]]:
         job = self.job
         context = self._context()
         with torch.device("meta"):  # the engine cuts one of the two; the other keeps the whole's shapes, to count by
             model, whole = (job.model.build(job.data.vocabulary, context) for _ in range(2))
+        compute = compute_type(job, self.mesh.device)
+        if isinstance(job.parallel.engine, Zero):
+            return self._zero(job.parallel.engine, model, context, compute), whole.flops, roles(whole)
         engine = Engine(
             model,
             list(model.layers),
@@ -362,12 +423,34 @@ class Trainer:
             self.mesh,
             context=context,
             seed=job.seed,
-            compute=compute_type(job, self.mesh.device),
+            compute=compute,
+            held=held_types(job, self.mesh.sizes.dp, compute),
             kept=job.train.kept,
+            stashed=job.train.stashed,
             compiled=job.train.compile,
             gather=job.parallel.gathering(self.mesh.sizes),
         )
-        return engine, whole.flops
+        return engine, whole.flops, roles(whole)
+
+    def _zero(self, zero: Zero, model: DecoderModel, context: Runtime, compute: torch.dtype | None) -> Any:
+        """DeepSpeed's engine, which has the verbs of ours; whoever does not ask for it need not have it."""
+        os.environ.setdefault("DS_ACCELERATOR", self.mesh.device.type)  # it would take a GPU wherever it sees one
+        from farspan.parallel.zero import ZeroEngine
+
+        job = self.job
+        assert isinstance(job.optim, Adamw), "Job.problems lets no other pass"
+        return ZeroEngine(
+            model,
+            list(model.layers),
+            initial(model),
+            self.mesh,
+            context=context,
+            seed=job.seed,
+            compute=compute,
+            kept=job.train.kept,
+            zero=zero,
+            decay=job.optim,
+        )
 
 
 def _sinks(metrics: Metrics, folder: Path, config: Mapping[str, Any]) -> dict[str, Callable[[], Sink]]:

@@ -1,46 +1,44 @@
 """AdamW (Loshchilov and Hutter, 2019) in torch's fused kernel, over local shards."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from math import prod
 
 import torch
 from torch import Tensor
 
+from farspan.models.roles import ROLES, Role
 from farspan.parallel.fsdp import local
+from farspan.platform.optim.adam import Adam
+from farspan.platform.optim.adamw8 import Adamw8
+from farspan.platform.optim.placement import Interleaved, Streamed
 
 
 @dataclass(frozen=True, kw_only=True)
-class Adamw:
-    """Adam with decoupled weight decay (Loshchilov and Hutter, 2019), in torch's fused kernel."""
+class Adamw(Adam):
+    """AdamW (Loshchilov and Hutter, 2019) with weights and both moments in fp32, in torch's fused kernel."""
 
-    rate: float
-    """Peak learning rate; the schedule scales it."""
-    betas: tuple[float, ...] = (0.9, 0.95)
-    """Decay of the mean of gradients and of the mean of their squares, per step."""
-    eps: float = 1e-8
-    """Added to the root of the mean square, against division by zero."""
-    weight_decay: float = 0.1
-    """Decoupled, on matrices only: norms and other vectors are not decayed."""
-    max_norm: float | None = 1.0
-    """The gradient is scaled down to this norm; null: never."""
+    offload: Streamed | Interleaved | None = None
+    """Where the state lives; null: on the device. Offloaded, weights are bf16 with the other half of fp32 in the state,
+    and the kernel is adamw8's."""
 
-    def __post_init__(self) -> None:
-        if self.rate < 0 or self.weight_decay < 0:
-            raise ValueError(f"rate={self.rate}, weight_decay={self.weight_decay}: must not be negative")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas={list(self.betas)}: must be two numbers in [0, 1)")
-        if self.eps <= 0:
-            raise ValueError(f"eps={self.eps}: must be positive; 1e-8 is usual")
-        if self.max_norm is not None and self.max_norm <= 0:
-            raise ValueError(f"max_norm={self.max_norm}: must be positive; null for no clipping")
+    @property
+    def weight_type(self) -> torch.dtype:
+        """What weights are held in."""
+        return torch.float32 if self.offload is None else torch.bfloat16
 
-    def build(self, weights: Mapping[str, Tensor]) -> "AdamwState":
+    @property
+    def in_halves(self) -> Adamw8:
+        """The same over bf16 weights."""
+        shared = {field.name: getattr(self, field.name) for field in fields(Adam)}
+        return Adamw8(**shared, master="residual16", exact=ROLES)
+
+    def state_bytes(self, shape: tuple[int, ...], role: Role) -> int:
+        """Of the state of one whole weight: two fp32 moments, and what the weight does not hold of fp32."""
+        return (8 if self.offload is None else 10) * prod(shape)
+
+    def build(self, weights: Mapping[str, Tensor], roles: Mapping[str, Role], seed: int) -> "AdamwState":
         return AdamwState(self, weights)
-
-    @staticmethod
-    def bytes_per_weight() -> int:
-        """State of one weight: two fp32 moments."""
-        return 8
 
 
 class AdamwState:

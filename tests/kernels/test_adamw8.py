@@ -93,10 +93,8 @@ def test_updates_below_half_an_ulp_add_up(master: Master) -> None:
             update_ref(x, gradient, numbers(adam, step, rate=2.0**-8 / 30), adam)
     moved, wanted = 1 - whole(of.weight, of.residual), 1 - exact.weight
     torch.testing.assert_close(moved.mean(), wanted.mean(), rtol=1e-2, atol=0.0)
-    walk = (
-        1000**0.5 / 2 * 5 * (2.0**-8 if master == "none" else 2.0**-9 / 127)
-    )  # a thousand roundings, five deviations of their sum
-    assert (moved - wanted).abs().max() < walk
+    deviation = 1000**0.5 / 2 * (2.0**-8 if master == "none" else 2.0**-9 / 127)  # at most, of a thousand roundings
+    assert (moved - wanted).abs().max() < 5 * deviation
     rounded = torch.ones(1, dtype=torch.bfloat16)
     assert rounded - 2.0**-8 / 30 == 1, "without a residual and without chance nothing would ever move"
 

@@ -1,5 +1,7 @@
 """8-bit codes: every one of the 256 is a value of its own, order is kept, and chance rounds to the mean."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -45,7 +47,7 @@ def test_the_published_map_lies_between_the_ends(signed: bool) -> None:
         10.0 ** (i - 6) * (low + high) / 2
         for i in range(7)
         for edges in [torch.linspace(0.1, 1, 2 ** (i + (not signed)) + 1, dtype=torch.float64).tolist()]
-        for low, high in zip(edges, edges[1:], strict=False)
+        for low, high in pairwise(edges)
     ]
     ours = values(signed)[1:127] if signed else values(signed)[1:255]
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(sorted(published)[: len(ours)]))

@@ -118,7 +118,7 @@ def probe(
             compiled=compiled,
             gather=parallel.gathering(mesh.sizes),
         )
-        optimizer = Adamw(rate=1e-2).build(engine.weights)
+        optimizer = Adamw(rate=1e-2).build(engine.weights, {}, 0)
         work = batches(mesh.index("dp"), mesh.sizes.dp, micro, packed)
         labels = torch.tensor(float(sum(batch.valid for batch in work)))
         dist.all_reduce(labels, group=mesh.dense.get_group("dp"))
@@ -264,7 +264,7 @@ def test_equal_layers_are_compiled_once(ranks: Any, axes: dict[str, int], kept: 
 
 def test_a_step_of_scale_zero_changes_nothing() -> None:
     weight = torch.nn.Parameter(torch.randn(5, 3))
-    optimizer = Adamw(rate=0.1).build({"w": weight})
+    optimizer = Adamw(rate=0.1).build({"w": weight}, {}, 0)
     weight.grad = torch.full((5, 3), torch.nan)
     before = weight.detach().clone()
     optimizer.update(0.1, torch.tensor(0.0))
@@ -277,7 +277,7 @@ def test_adamw_is_torchs_adamw() -> None:
     ours = {"m": torch.nn.Parameter(torch.randn(7, 5)), "v": torch.nn.Parameter(torch.randn(7))}
     theirs = [torch.nn.Parameter(w.detach().clone()) for w in ours.values()]
     config = Adamw(rate=1e-2, weight_decay=0.3)
-    optimizer = config.build(ours)
+    optimizer = config.build(ours, {}, 0)
     groups = [{"params": theirs[:1], "weight_decay": 0.3}, {"params": theirs[1:], "weight_decay": 0.0}]
     reference = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
     for _ in range(5):

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -25,6 +25,8 @@ from farspan.parallel.context import Gather, Runtime
 from farspan.parallel.context.attention import Deal, Spread
 from farspan.parallel.context.local import Local
 from farspan.parallel.context.shard import Documents
+from farspan.parallel.lane import Plain
+from farspan.parallel.stash import Stash
 
 WIDTH, ROWS, LENGTH = 24, 2, 37
 MIXER = Softmax(heads=4, kv_heads=2, head_dim=8, qk_norm=True, sinks=True)
@@ -120,6 +122,31 @@ def test_bytes_held_are_those_foretold(name: str) -> None:
     assert seen == sorted(seen, reverse=True) and len(set(seen)) >= 3
     back = [traced(name).held(keep)[1] for keep in (0.0, 0.5, 1.0)]
     assert back == sorted(back, reverse=True) and back[-1] > 0
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.5, 1.0])
+def test_bytes_in_host_memory_are_those_foretold(keep: float) -> None:
+    """With a stash: when a layer ends, of all before it only the small memories are still on the device."""
+    depth, least = 4, 2048
+    trace = traced("peri")
+    held, large = trace.held(keep)[0], trace.large(keep, least)
+    stash = Stash(Plain(torch.device("cpu")), least)
+    layers = [build("peri") for _ in range(depth)]
+    for layer in layers:
+        recompute.apply(layer, keep, store=stash)
+    stash.watch(layers)
+    x, *others = arguments(layers[0])
+    seen = []
+    with Alive(x, *nn.ModuleList(layers).parameters()) as alive:
+        out = x
+        for layer in layers:
+            out = layer(out, *others)
+            seen.append(alive.bytes() - stash.pool.bytes - out.untyped_storage().nbytes())
+    seen[0] += x.untyped_storage().nbytes()  # the test's own
+    assert 0 < held - large < large
+    assert seen == [large + (1 + place) * (held - large) for place in range(depth)]
+    out.sum().backward()
+    assert stash.pool.taken == 0
 
 
 def run_interpreted() -> None:

@@ -1,0 +1,406 @@
+"""Optimizer state that lives in host memory: streamed through the device, or updated by the CPU, while the next forward
+pass runs.
+
+An update begins when the gradient's norm is known, so clipping is exact, and goes through the weights in the order of
+the forward pass; each layer waits for its own weights only (`ready`). Nothing is ever stale and nothing is undone. The
+order and the cost of it are those of `simulate` and `cost`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from farspan.kernels.adamw8 import Part, Update
+from farspan.kernels.master import split, whole
+from farspan.kernels.random import key
+from farspan.models.roles import Role
+from farspan.parallel.fsdp import around, local
+from farspan.platform.optim.adamw import Adamw
+from farspan.platform.optim.adamw8 import Adamw8, check, kinds, part
+from farspan.platform.optim.cost import WINDOW, Codec, Place
+from farspan.platform.optim.placement import Interleaved, Split, Streamed, choose, interleave
+from farspan.platform.optim.queues import Mark, Queues
+from farspan.platform.optim.rates import Rates
+from farspan.platform.optim.slab import Layout
+
+
+class Unit:
+    """The weights that the model gathers together, and what their state is made of."""
+
+    def __init__(self, config: Adamw8, weights: Mapping[str, Tensor], roles: Mapping[str, Role], seed: int) -> None:
+        self.weights, self.adam, self._seed = weights, config.adam, seed
+        self._kinds = {}
+        for name, weight in weights.items():
+            block = config.block_of(tuple(weight.shape), roles[name])
+            check(name, weight, block)
+            self._kinds[name] = kinds(block, config.master_of(block))
+        like = {
+            f"{of}.{name}": _part_like(weights[name], *kind)
+            for name, tensors in self._kinds.items()
+            for of, kind in tensors.items()
+        }
+        self.layout = Layout.of(like)
+
+    def parts(self, state: Mapping[str, Tensor]) -> list[Part]:
+        """What the kernel reads, with state in these memories: by the names of the layout."""
+        return [self.part(name, state, slice(None)) for name in self.weights]
+
+    def part(self, name: str, state: Mapping[str, Tensor], rows: slice) -> Part:
+        """The same of some local rows of one weight, and of state that these rows have."""
+        found = {of: state[f"{of}.{name}"] for of in self._kinds[name]}
+        return part(self.weights[name], found, key(self._seed, "adamw8", name), rows)
+
+    def spans(self, limit: int) -> list[list[tuple[str, slice]]]:
+        """The unit in pieces of at most `limit` bytes of state, or of a single row: rows of weights, all in order."""
+        found: list[list[tuple[str, slice]]] = []
+        left = 0
+        for name, weight in self.weights.items():
+            rows = local(weight).shape[0]
+            slots = (self.layout.slots[f"{of}.{name}"] for of in self._kinds[name])
+            each = sum(slot.bytes for slot in slots) / max(1, rows)
+            begin = 0
+            while begin < rows:
+                if not found or left < each:
+                    found.append([])
+                    left = limit
+                count = min(rows - begin, max(1, int(left / each)))
+                found[-1].append((name, slice(begin, begin + count)))
+                begin, left = begin + count, left - int(count * each)
+        return found
+
+    def named(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same tensors, each as this rank's part of a whole."""
+        return {
+            f"{of}.{name}": around(self.weights[name], state[f"{of}.{name}"], block)
+            for name, tensors in self._kinds.items()
+            for of, (_, block) in tensors.items()
+        }
+
+    def gradients(self) -> list[Tensor]:
+        missing = [name for name, weight in self.weights.items() if weight.grad is None]
+        if missing:
+            raise ValueError(f"optim.offload: {missing[0]} has no gradient: every weight must take part in every step")
+        return [local(weight.grad) for weight in self.weights.values()]  # type: ignore[arg-type]
+
+
+def _part_like(weight: Tensor, dtype: torch.dtype, block: int) -> Tensor:
+    shape = local(weight).shape
+    return torch.empty((*shape[:-1], shape[-1] // block) if block > 1 else shape, dtype=dtype, device="meta")
+
+
+class Store(Protocol):
+    """Where a unit's state is, and who updates it."""
+
+    tensors: dict[str, Tensor]
+    """The state, by the names of the unit's layout."""
+
+    def update(self, gradients: list[Tensor], numbers: Tensor, rate: float, begin: Mark) -> Callable[[], Mark]:
+        """Begins an update after the mark; the answer, asked when the weights are needed, is when they are there."""
+
+    def settle(self) -> None:
+        """The host waits until `tensors` are what the last update left."""
+
+    def restored(self) -> None:
+        """`tensors` and weights have been written from outside."""
+
+
+class Resident:
+    """On the device, updated there."""
+
+    def __init__(self, unit: Unit, queues: Queues, device: torch.device) -> None:
+        slab = torch.zeros(unit.layout.size, dtype=torch.uint8, device=device)
+        self.tensors = unit.layout.views(slab)
+        self._update, self._queues = Update(unit.parts(self.tensors), unit.adam), queues
+        self._done: Mark = None
+
+    def update(self, gradients: list[Tensor], numbers: Tensor, rate: float, begin: Mark) -> Callable[[], Mark]:
+        work = partial(self._update, gradients, numbers)
+        self._done = self._queues.run("update", work, [begin], [*gradients, numbers])
+        return lambda: self._done
+
+    def settle(self) -> None:
+        self._queues.reached(self._done)
+
+    def restored(self) -> None:
+        """Nothing else is kept of them."""
+
+
+PIECE = 1 << 28
+"""Bytes of state that are streamed at once: at 50 GB/s five milliseconds, long against a launch."""
+
+
+class Piece:
+    """Rows of a unit's weights, whose state has one slab of the window for the time of an update."""
+
+    def __init__(self, unit: Unit, spans: Sequence[tuple[str, slice]], state: Mapping[str, Tensor]) -> None:
+        """spans: weights and their local rows; state: of the whole unit, in host memory."""
+        rows = dict(spans)
+        names = {key: key.partition(".")[2] for key in state}
+        self._host = {key: state[key][rows[name]] for key, name in names.items() if name in rows}
+        self._unit, self.spans, self.layout = unit, spans, Layout.of(self._host)
+        self._loaded: Mark = None
+        self._stored: Mark = None
+        self._ahead = False
+        """Whether the state is in the slab, or on its way there."""
+
+    def place(self, queues: Queues, window: "Window", turn: int) -> None:
+        """Gives it a slab."""
+        self._queues, self._window, self._turn = queues, window, turn % len(window.slabs)
+        self._slab = self.layout.views(window.slabs[self._turn])
+        parts = [self._unit.part(name, self._slab, rows) for name, rows in self.spans]
+        self._update = Update(parts, self._unit.adam)
+
+    def fetch(self) -> None:
+        """Has the state come as soon as its slab is free."""
+        if not self._ahead:
+            free = [self._window.free[self._turn], self._stored]
+            self._loaded = self._queues.run("in", partial(_copy, self._slab, self._host), free)
+            self._ahead = True
+
+    def update(self, gradients: Mapping[str, Tensor], numbers: Tensor, begin: Mark) -> Mark:
+        """Begins; the answer is when the weights are updated."""
+        self.fetch()
+        mine = [gradients[name][rows] for name, rows in self.spans]
+        work = partial(self._update, mine, numbers)
+        done = self._queues.run("update", work, [begin, self._loaded], [*mine, numbers])
+        self._stored = self._queues.run("out", partial(_copy, self._host, self._slab), [done])
+        self._window.free[self._turn], self._ahead = self._stored, False
+        return done
+
+    def settle(self) -> None:
+        self._queues.reached(self._stored)
+
+    def restored(self) -> None:
+        """What was fetched before is no longer true."""
+        self._queues.reached(self._loaded)
+        self._ahead = False
+
+
+def _copy(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> None:
+    for name, target in targets.items():
+        target.copy_(sources[name], non_blocking=True)
+
+
+class Window:
+    """Device memory that the pieces of all streamed units share in turn."""
+
+    def __init__(self, pieces: Sequence[Piece], queues: Queues, device: torch.device) -> None:
+        size, count = max((piece.layout.size for piece in pieces), default=0), min(WINDOW, len(pieces))
+        self.slabs = [torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(count)]
+        self.free: list[Mark] = [None] * count
+        for turn, piece in enumerate(pieces):
+            piece.place(queues, self, turn)
+        self.first = pieces[:count]
+        """What may be fetched before an update begins."""
+
+
+class Stream:
+    """In host memory, updated on the device piece by piece."""
+
+    def __init__(self, unit: Unit, queues: Queues) -> None:
+        self.tensors = unit.layout.views(queues.host(unit.layout.size).zero_())
+        self.pieces = [Piece(unit, spans, self.tensors) for spans in unit.spans(PIECE)]
+        self._names = list(unit.weights)
+
+    def update(self, gradients: list[Tensor], numbers: Tensor, rate: float, begin: Mark) -> Callable[[], Mark]:
+        named = dict(zip(self._names, gradients, strict=True))
+        done = begin
+        for piece in self.pieces:  # one after the other: the last one's end is the unit's
+            done = piece.update(named, numbers, begin)
+        return lambda: done
+
+    def settle(self) -> None:
+        for piece in self.pieces:
+            piece.settle()
+
+    def restored(self) -> None:
+        for piece in self.pieces:
+            piece.restored()
+
+
+class Cores:
+    """fp32 in host memory, updated by torch's fused kernel for CPUs, in a thread of its own."""
+
+    def __init__(self, unit: Unit, queues: Queues, thread: ThreadPoolExecutor) -> None:
+        self._queues, self._thread, self._adam = queues, thread, unit.adam
+        self.tensors = unit.layout.views(queues.host(unit.layout.size).zero_())
+        self._parts = unit.parts(self.tensors)
+        self._weights = [local(weight.detach()) for weight in unit.weights.values()]
+        self._masters, self._gradients = (self._like(torch.float32) for _ in range(2))
+        self._halves = self._like(torch.bfloat16)
+        self._numbers = queues.host(6 * 4).view(torch.float32)
+        self._pending: Future[None] | None = None
+
+    def _like(self, dtype: torch.dtype) -> list[Tensor]:
+        """Host memory like the weights."""
+        like = {str(i): torch.empty_like(w, dtype=dtype, device="meta") for i, w in enumerate(self._weights)}
+        layout = Layout.of(like)
+        return list(layout.views(self._queues.host(layout.size).zero_()).values())
+
+    def update(self, gradients: list[Tensor], numbers: Tensor, rate: float, begin: Mark) -> Callable[[], Mark]:
+        def fetch() -> None:  # cast on the device: a copy that casts as well would do so on the host, which would wait
+            for mine, gradient in zip([self._numbers, *self._gradients], [numbers, *gradients], strict=True):
+                mine.copy_(gradient.float(), non_blocking=True)
+
+        come = self._queues.run("out", fetch, [begin], [*gradients, numbers])
+        self._pending = self._thread.submit(self._step, come, rate)
+        sent: list[Mark] = []
+
+        def weights() -> Mark:
+            if not sent:
+                sent.append(self._send())
+            return sent[0]
+
+        return weights
+
+    def _send(self) -> Mark:
+        """The host waits for the cores; the weights are sent to the device."""
+        assert self._pending is not None
+        self._pending.result()
+
+        def send() -> None:
+            for weight, half in zip(self._weights, self._halves, strict=True):
+                weight.copy_(half, non_blocking=True)
+
+        return self._queues.run("in", send, [])
+
+    @torch.no_grad()
+    def _step(self, come: Mark, rate: float) -> None:
+        self._queues.reached(come)
+        share, *_, step = self._numbers.tolist()
+        if step == 0:
+            return
+        beta1, beta2 = self._adam.betas
+        inverse, ok = torch.tensor((1 - beta1) / share), torch.zeros(())
+        for decays in (True, False):
+            at = [i for i, of in enumerate(self._parts) if of.decays == decays and of.weight.numel()]
+            if at:
+                torch._fused_adamw_(
+                    [self._masters[i] for i in at],
+                    [self._gradients[i] for i in at],
+                    [self._parts[i].first for i in at],
+                    [self._parts[i].second for i in at],
+                    [],
+                    [torch.tensor(step)] * len(at),
+                    lr=rate,
+                    beta1=beta1,
+                    beta2=beta2,
+                    weight_decay=self._adam.weight_decay if decays else 0.0,
+                    eps=self._adam.eps,
+                    amsgrad=False,
+                    maximize=False,
+                    grad_scale=inverse,
+                    found_inf=ok,
+                )
+        torch._foreach_copy_(self._halves, self._masters)
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Masters are put into the weights and, what these do not hold, into residuals."""
+        if self._pending is not None:
+            self._pending.result()
+            for master, half, weight, of in zip(self._masters, self._halves, self._weights, self._parts, strict=True):
+                split(master, half, of.residual)
+                weight.copy_(half)
+
+    @torch.no_grad()
+    def restored(self) -> None:
+        """Masters are what weights and residuals say."""
+        self._pending = None
+        for master, half, weight, of in zip(self._masters, self._halves, self._weights, self._parts, strict=True):
+            half.copy_(weight)
+            master.copy_(whole(half, of.residual))
+
+
+class Offloaded:
+    """Adamw8's update, which with every weight `exact` is that of AdamW in fp32, over state away from the device."""
+
+    def __init__(self, units: Sequence[Unit], places: Sequence[Place], queues: Queues, device: torch.device) -> None:
+        """units: in the order of the forward pass; places: of the state of each."""
+        self.units, self.places, self._queues, self._adam = units, tuple(places), queues, units[0].adam
+        self.steps = torch.zeros((), dtype=torch.float64, device=device)
+        thread = ThreadPoolExecutor(1, "optimizer")
+        makers: dict[Place, Callable[[Unit], Store]] = {
+            "resident": partial(Resident, queues=queues, device=device),
+            "streamed": partial(Stream, queues=queues),
+            "cpu": partial(Cores, queues=queues, thread=thread),
+        }
+        self._stores = [makers[place](unit) for unit, place in zip(units, places, strict=True)]
+        pieces = [piece for store in self._stores if isinstance(store, Stream) for piece in store.pieces]
+        self.window = Window(pieces, queues, device)
+        self._ready: list[Callable[[], Mark]] = []
+        self.restored()
+
+    def state(self) -> dict[str, Tensor]:
+        """As Adamw8's, from wherever it is; the host waits for what is under way."""
+        self.settle()
+        found = {"step": self.steps}
+        for unit, store in zip(self.units, self._stores, strict=True):
+            found |= unit.named(store.tensors)
+        return found
+
+    @torch.no_grad()
+    def update(self, rate: float, scale: Tensor) -> None:
+        """See `farspan.parallel.engine.Optimizer`. Everything is begun here, and waited for in `ready`."""
+        numbers = self._adam.numbers(self.steps, rate, scale)
+        self._begin = begin = self._queues.now()
+        self._end: Mark = None
+        self._ready = [
+            store.update(unit.gradients(), numbers, rate, begin)
+            for unit, store in zip(self.units, self._stores, strict=True)
+        ]
+        for piece in self.window.first:  # the next update's first pieces come while the model computes
+            piece.fetch()
+
+    def ready(self, unit: int, streams: Sequence[Any] = ()) -> None:
+        """What the present stream and these are told from now on finds the unit's weights updated."""
+        if not self._ready:
+            return
+        mark = self._ready[unit]()
+        self._queues.hold(mark, streams)
+        if unit == len(self._ready) - 1:
+            self._end = mark
+
+    def seconds(self) -> float | None:
+        """What the last update took, from the known norm to the last layer's weights; None: not known yet."""
+        return self._queues.seconds(self._begin, self._end) if self._ready and self._end is not None else None
+
+    def settle(self) -> None:
+        """The host waits until weights and state are what the last update left."""
+        for i, store in enumerate(self._stores):
+            self.ready(i)
+            store.settle()
+
+    def restored(self) -> None:
+        """To be called when weights and state have been written from outside."""
+        self._ready = []
+        for store in self._stores:
+            store.restored()
+
+
+def units_of(
+    config: Adamw | Adamw8,
+    weights: Mapping[str, Tensor],
+    roles: Mapping[str, Role],
+    seed: int,
+    names: Sequence[Sequence[str]],
+) -> list[Unit]:
+    """The units of an optimizer that has `offload`; names: of the weights gathered together, in forward order."""
+    over_bf16 = config.in_halves if isinstance(config, Adamw) else config
+    return [Unit(over_bf16, {name: weights[name] for name in unit}, roles, seed) for unit in names]
+
+
+def split_for(offload: Streamed | Interleaved, units: Sequence[Unit], rates: Rates) -> Split:
+    """Where the units' state goes."""
+    sizes = [sum(local(weight).numel() for weight in unit.weights.values()) for unit in units]
+    each = sum(unit.layout.size for unit in units) / max(1, sum(sizes))  # bytes a parameter, on the average
+    codec = Codec(down=each, up=each, resident=each, host=each)
+    if isinstance(offload, Interleaved):
+        return interleave(sizes, codec, rates, offload.pattern)
+    reserved = min(WINDOW, len(sizes)) * max(sizes, default=0) * each  # `choose` takes whole units for its window
+    return choose(sizes, codec, replace(rates, cpu=0.0), offload.device_gb * 1e9 + reserved * (1 + 1e-9))

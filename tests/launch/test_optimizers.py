@@ -1,0 +1,110 @@
+"""Every optimizer through `launch`, from file to checkpoint and on again after a kill."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from farspan.launch import cli
+from farspan.platform import metrics
+from processes import alive
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+SMALL = ["data.paths=[corpus]", "data.sequence_length=48", "data.cache=cache", "data.held_out=0.2", "model.width=48"]
+SMALL += ["train.batch=4", "train.evaluate={every: 4, rows: 2}", "schedule.warmup=1", "checkpoint.every=3"]
+LAYER = "model.blocks=[{repeat: 2, mixer: {kind: softmax, heads: 2}, ffn: {kind: swiglu, hidden: 96}}]"
+
+
+def command(config: str, *overrides: str) -> list[str]:
+    path = str(CONFIGS / f"{config}.yaml")
+    return [sys.executable, "-m", "farspan.launch.cli", "train", "--config", path, *SMALL, LAYER, *overrides]
+
+
+def losses(folder: Path) -> dict[int, float]:
+    """By step; of a step that ran twice, the last."""
+    return {int(line["step"] or 0): line["loss"] for line in metrics.read(folder) if line.get("loss") is not None}  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("config", "rest"),
+    [
+        ("interleaved", ()),
+        ("muon", ("launch.ranks=2", "optim.rest.kind=adamw8", "optim.rest.master=fp32")),
+        pytest.param("galore", ("optim.rank=8", "optim.every=3"), marks=pytest.mark.laws),
+        pytest.param("galore", ("optim.kind=galore", "optim.rank=8"), marks=pytest.mark.laws),
+    ],
+)
+def test_trains_from_file_to_checkpoint(config: str, rest: tuple[str, ...], corpus: Path) -> None:
+    done = subprocess.run(
+        command(config, "name=run", "train.steps=6", *rest), cwd=corpus.parent, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = corpus.parent / "runs" / "run"
+    found = losses(folder)
+    assert sorted(found) == [1, 2, 3, 4, 5, 6] and found[6] < found[1]
+    assert (folder / "checkpoints" / "LATEST").read_text() == "step-00000006\n"
+
+
+def test_killed_8_bit_training_goes_on_as_if_never_stopped(corpus: Path) -> None:
+    """A rank killed between two saves, with state streamed from host memory and gradients accumulated."""
+    long = ("train.steps=24", "train.evaluate=null", "checkpoint.every=4", "train.micro_batch=1")
+    subprocess.run(command("adamw8", "name=whole", *long), cwd=corpus.parent, check=True, capture_output=True)
+    folder = corpus.parent / "runs" / "killed"
+    run = subprocess.Popen(
+        command("adamw8", "name=killed", *long), cwd=corpus.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    wait_for_step(folder, 6)
+    victim = next(pid for pid in alive("farspan.launch.cli") if of_rank(pid, 1, folder))
+    os.kill(victim, signal.SIGKILL)
+    said, _ = run.communicate(timeout=200)
+    assert run.returncode == 0, said.decode()
+    assert {line["attempt"] for line in metrics.read(folder)} == {1, 2}, "it was killed while it trained"
+    assert losses(folder) == losses(corpus.parent / "runs" / "whole")
+
+
+def wait_for_step(folder: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError, ValueError):
+            if json.loads((folder / "agents" / "rank-0.heartbeat").read_text())["step"] >= step:
+                return
+        time.sleep(0.02)
+    raise TimeoutError(f"{folder} did not reach step {step}")
+
+
+def of_rank(pid: int, rank: int, folder: Path) -> bool:
+    with contextlib.suppress(OSError):
+        seen = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        return f"RANK={rank}".encode() in seen and str(folder).encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False
+
+
+@pytest.mark.parametrize(
+    ("config", "arguments", "message"),
+    [
+        ("adamw8", ["optim.master=fp32"], "optim.master=fp32: keeps the weights on the device in fp32"),
+        ("adamw8", ["optim.block=100"], "optim.block=100: must be a power of two from 32 to 1024"),
+        ("adamw8", ["optim.offload.device_gb=-1"], "optim.offload.device_gb=-1.0: must not be negative"),
+        ("adamw8", ["optim.offload.kind=interleaved"], "optim.offload.kind='interleaved'"),
+        ("adamw8", ["optim.exact=[heads]"], "optim.exact"),
+        ("interleaved", ["parallel.engine.kind=zero"], "optim.offload: is fsdp's"),
+    ],
+)
+def test_mistakes_are_named(
+    config: str,
+    arguments: list[str],
+    message: str,
+    corpus: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(corpus.parent)
+    path = str(CONFIGS / f"{config}.yaml")
+    assert cli.main(["train", "--config", path, *SMALL, *arguments, "--dry-run"]) == 2
+    assert message in capfd.readouterr().err
