@@ -1,6 +1,6 @@
 """A model spread over a mesh, and the few verbs that a training step is made of."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -97,6 +97,10 @@ class Engine:
         first."""
         self.units += [[n for n in self.weights if layer_of.get(n) == i] for i in range(len(layers))]
         self._layers = layers
+        self._last = True
+        """Whether the backward under way is the last of its step."""
+        self._norms: dict[str, Tensor] = {}
+        """Of gradients that were given away."""
         fsdp.fill(self.weights, starts, seed)
 
     def forward_backward(self, batches: Sequence[Batch], labels: float) -> Tensor:
@@ -106,7 +110,7 @@ class Engine:
         """
         total = torch.zeros((), device=self.mesh.device)
         for i, batch in enumerate(batches):
-            last = i == len(batches) - 1
+            last = self._last = i == len(batches) - 1
             self.model.set_is_last_backward(last)  # type: ignore[operator]
             self.model.set_requires_all_reduce(last)  # type: ignore[operator]
             self.model.set_reshard_after_backward(last or self.gather == "layer")  # type: ignore[operator]
@@ -131,13 +135,13 @@ class Engine:
 
     def gradient_norm(self) -> Tensor:
         """The Euclidean norm of the whole gradient, each weight counted once, as a device scalar in fp64."""
-        gradients = {name: local(w.grad) for name, w in self.weights.items() if w.grad is not None}
+        held = {name: local(w.grad) for name, w in self.weights.items() if w.grad is not None}
+        present = {name: gradient for name, gradient in held.items() if gradient.numel()}
+        norms = self._norms | dict(zip(present, _norms(list(present.values())), strict=True))
         squares = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
-        for copies in {self._parts.copies(name): None for name in gradients}:
-            parts = [g for name, g in gradients.items() if g.numel() and self._parts.copies(name) == copies]
-            if parts:
-                norms = torch._foreach_norm(parts, dtype=torch.promote_types(parts[0].dtype, torch.float32))
-                squares += torch.stack(norms).double().square().sum() / copies
+        for copies in {self._parts.copies(name): None for name in norms}:
+            alike = [norms[name] for name in self.weights if name in norms and self._parts.copies(name) == copies]
+            squares += torch.stack(alike).double().square().sum() / copies
         dist.all_reduce(squares, group=self.mesh.weights.get_group("shard"))  # copies in `replicate` are equal
         if self.mesh.sizes.tp > 1:
             dist.all_reduce(squares, group=self.mesh.tensor.handle)
@@ -146,6 +150,25 @@ class Engine:
     def clear(self) -> None:
         """Drops the gradients."""
         self._parts.clear()
+        self._norms = {}
+
+    def give_away(self, names: Iterable[str], take: Callable[[str, Tensor], None]) -> None:
+        """Has `take(name, gradient)` called with this rank's part of each of these gradients, in the last backward of a
+        step and as soon as it is whole; after that the engine holds nothing of it but its norm.
+
+        ValueError: tp makes gradients whole after the backward only.
+        """
+        if self.mesh.sizes.tp > 1:
+            raise ValueError(f"parallel.tp={self.mesh.sizes.tp}: its gradients are whole after the last backward only")
+
+        def give(name: str, weight: Tensor) -> None:
+            if self._last and weight.grad is not None and (gradient := local(weight.grad)).numel():
+                [self._norms[name]] = _norms([gradient])
+                take(name, gradient)
+                weight.grad = None
+
+        for name in names:
+            self.weights[name].register_post_accumulate_grad_hook(partial(give, name))
 
     def gate(self, ready: Callable[[int, Sequence[Any]], None]) -> None:
         """Has `ready(unit, streams)` called before each of `units` is gathered for a forward pass: what the present
@@ -167,6 +190,16 @@ class Engine:
                 answer = answer.masked_fill(~here.to(answer.device)[:, None], 0.0)
             dist.all_reduce(answer, group=self.mesh.context.handle)
         return answer
+
+
+def _norms(gradients: list[Tensor]) -> Sequence[Tensor]:
+    """Each in at least fp32."""
+    if not gradients:
+        return []
+    norms: Sequence[Tensor] = torch._foreach_norm(
+        gradients, dtype=torch.promote_types(gradients[0].dtype, torch.float32)
+    )
+    return norms
 
 
 def _gate(ready: Callable[[int, Sequence[Any]], None], unit: int, module: nn.Module, _: object) -> None:

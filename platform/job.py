@@ -12,7 +12,8 @@ from farspan.parallel.recompute import KEEP, Recompute
 from farspan.platform.config import kind
 from farspan.platform.data import Data, Mixture
 from farspan.platform.metrics import Metrics
-from farspan.platform.optim import Adamw, Optim
+from farspan.platform.optim import Adamw, Adamw8, Optim
+from farspan.platform.optim.placement import Streamed
 from farspan.platform.schedule import Schedule
 
 
@@ -151,6 +152,7 @@ class Job:
             found += self._spread_problems()
         if isinstance(self.parallel.engine, Zero):
             found += self._zero_problems()
+        found += self._gradient_problems(world)
         warmup = self.schedule.warmup
         if warmup >= self.train.steps > 1:
             found.append(
@@ -175,6 +177,22 @@ class Job:
                 f"parallel.cp={parallel.cp}: data's objective shows a prefix both ways, which cannot be cut across "
                 "ranks; set it to bidirectional: false, or parallel.cp=1"
             )
+        return found
+
+    def _gradient_problems(self, world: int) -> list[str]:
+        """What keeps gradients from waiting in host memory."""
+        offload = self.optim.offload if isinstance(self.optim, Adamw | Adamw8) else None
+        if not (isinstance(offload, Streamed) and offload.gradients) or self.parallel.problems(world):
+            return []
+        found, place = [], "optim.offload.gradients=True"
+        rows = self.train.batch // self.parallel.sizes(world).dp
+        if (micro := self.train.micro_batch) is not None and micro < rows:
+            found.append(
+                f"train.micro_batch={micro}: {place} is for a single micro-batch a step, and a rank has {rows} rows; "
+                "set micro_batch: null and recompute: selective, or gradients: false"
+            )
+        if self.parallel.tp > 1:
+            found.append(f"parallel.tp={self.parallel.tp}: {place} is for tp=1; set that, or gradients: false")
         return found
 
     def _zero_problems(self) -> list[str]:

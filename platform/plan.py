@@ -145,7 +145,8 @@ def _under_offload(job: Job, memory: Memory, states: list[int]) -> Memory:
     offload = job.optim.offload if isinstance(job.optim, Adamw | Adamw8) else None
     if offload is None:
         return replace(memory, optimizer=sum(states))
-    room, window = 0, WINDOW * min(PIECE, max(states))
+    largest = max(states)
+    room, window = 0, WINDOW * min(PIECE, largest)
     if isinstance(offload, Streamed):
         room = int(offload.device_gb * 1e9)
         if sum(states) <= room + window:
@@ -154,7 +155,12 @@ def _under_offload(job: Job, memory: Memory, states: list[int]) -> Memory:
     away = sum(states) - kept
     if isinstance(offload, Interleaved):  # beside moments and residual: fp32 weights and gradients, bf16 weights
         away *= 2
-    return replace(memory, optimizer=kept + window, host=memory.host + away)
+    gradients = memory.gradients
+    if isinstance(offload, Streamed) and offload.gradients:  # two layers' are on the device, and come back in pieces
+        gradients = min(gradients, 2 * largest * gradients // max(1, sum(states)))
+        window += window * (memory.gradients - gradients) // max(1, sum(states))
+    host = memory.host + away + memory.gradients - gradients
+    return replace(memory, optimizer=kept + window, gradients=gradients, host=host)
 
 
 def _under_zero(job: Job, memory: Memory, model: DecoderModel, sizes: Sizes, compute: torch.dtype) -> Memory:

@@ -29,7 +29,7 @@ from farspan.platform.job import Job
 from farspan.platform.metrics import Journal, Line, Metrics, Sink, Sinks, Wandb, next_attempt, plain
 from farspan.platform.optim import Adamw, Adamw8
 from farspan.platform.optim.offload import Offloaded, split_for, units_of
-from farspan.platform.optim.placement import Split, lines
+from farspan.platform.optim.placement import Split, Streamed, lines
 from farspan.platform.optim.queues import queues_of
 from farspan.platform.optim.rates import Rates, measure, slowest
 from farspan.platform.recorder import Recorder, peak
@@ -390,8 +390,12 @@ class Trainer:
         self.say(
             f"optimizer state: {split.code} (resident, streamed, cpu), an update of {split.predicted.update:.3g} s"
         )
-        offloaded = Offloaded(units, split.places, queues_of(device), device)
+        held = held_types(self.job, self.mesh.sizes.dp, compute_type(self.job, device)).gradients
+        away = isinstance(optim.offload, Streamed) and optim.offload.gradients
+        offloaded = Offloaded(units, split.places, queues_of(device), device, held if away else None)
         engine.gate(offloaded.ready)
+        if away:
+            engine.give_away(offloaded.taken, offloaded.take)
         return offloaded
 
     def _context(self) -> Runtime:

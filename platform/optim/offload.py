@@ -81,11 +81,12 @@ class Unit:
             for of, (_, block) in tensors.items()
         }
 
-    def gradients(self) -> list[Tensor]:
-        missing = [name for name, weight in self.weights.items() if weight.grad is None]
+    def gradients(self) -> dict[str, Tensor]:
+        """Those on the device. ValueError: one is missing."""
+        missing = [name for name, weight in self.weights.items() if weight.grad is None and local(weight).numel()]
         if missing:
             raise ValueError(f"optim.offload: {missing[0]} has no gradient: every weight must take part in every step")
-        return [local(weight.grad) for weight in self.weights.values()]  # type: ignore[arg-type]
+        return {name: local(weight.grad) for name, weight in self.weights.items() if weight.grad is not None}
 
 
 def _part_like(weight: Tensor, dtype: torch.dtype, block: int) -> Tensor:
@@ -99,7 +100,7 @@ class Store(Protocol):
     tensors: dict[str, Tensor]
     """The state, by the names of the unit's layout."""
 
-    def update(self, gradients: list[Tensor], numbers: Tensor, rate: float, begin: Mark) -> Callable[[], Mark]:
+    def update(self, numbers: Tensor, rate: float, begin: Mark) -> Callable[[], Mark]:
         """Begins an update after the mark; the answer, asked when the weights are needed, is when they are there."""
 
     def settle(self) -> None:
@@ -113,12 +114,14 @@ class Resident:
     """On the device, updated there."""
 
     def __init__(self, unit: Unit, queues: Queues, device: torch.device) -> None:
+        self._unit = unit
         slab = torch.zeros(unit.layout.size, dtype=torch.uint8, device=device)
         self.tensors = unit.layout.views(slab)
         self._update, self._queues = Update(unit.parts(self.tensors), unit.adam), queues
         self._done: Mark = None
 
-    def update(self, gradients: list[Tensor], numbers: Tensor, rate: float, begin: Mark) -> Callable[[], Mark]:
+    def update(self, numbers: Tensor, rate: float, begin: Mark) -> Callable[[], Mark]:
+        gradients = list(self._unit.gradients().values())
         work = partial(self._update, gradients, numbers)
         self._done = self._queues.run("update", work, [begin], [*gradients, numbers])
         return lambda: self._done
@@ -130,6 +133,8 @@ class Resident:
         """Nothing else is kept of them."""
 
 
+GRADIENT = "gradient"
+
 PIECE = 1 << 28
 """Bytes of state that are streamed at once: at 50 GB/s five milliseconds, long against a launch."""
 
@@ -137,12 +142,20 @@ PIECE = 1 << 28
 class Piece:
     """Rows of a unit's weights, whose state has one slab of the window for the time of an update."""
 
-    def __init__(self, unit: Unit, spans: Sequence[tuple[str, slice]], state: Mapping[str, Tensor]) -> None:
-        """spans: weights and their local rows; state: of the whole unit, in host memory."""
+    def __init__(
+        self,
+        unit: Unit,
+        spans: Sequence[tuple[str, slice]],
+        state: Mapping[str, Tensor],
+        gradients: Mapping[str, Tensor],
+    ) -> None:
+        """spans: weights and their local rows. state and gradients: of the whole unit, in host memory, by the names of
+        the layout and of the weights; no gradients: they stay on the device."""
         rows = dict(spans)
         names = {key: key.partition(".")[2] for key in state}
         self._host = {key: state[key][rows[name]] for key, name in names.items() if name in rows}
-        self._unit, self.spans, self.layout = unit, spans, Layout.of(self._host)
+        self._given = {f"{GRADIENT}.{name}": gradients[name][of] for name, of in spans if name in gradients}
+        self._unit, self.spans, self.layout = unit, spans, Layout.of(self._host | self._given)
         self._loaded: Mark = None
         self._stored: Mark = None
         self._ahead = False
@@ -151,7 +164,9 @@ class Piece:
     def place(self, queues: Queues, window: "Window", turn: int) -> None:
         """Gives it a slab."""
         self._queues, self._window, self._turn = queues, window, turn % len(window.slabs)
-        self._slab = self.layout.views(window.slabs[self._turn])
+        views = self.layout.views(window.slabs[self._turn])
+        self._slab = {name: views[name] for name in self._host}
+        self._gradients = {name: views[name] for name in self._given}
         parts = [self._unit.part(name, self._slab, rows) for name, rows in self.spans]
         self._update = Update(parts, self._unit.adam)
 
@@ -162,10 +177,14 @@ class Piece:
             self._loaded = self._queues.run("in", partial(_copy, self._slab, self._host), free)
             self._ahead = True
 
-    def update(self, gradients: Mapping[str, Tensor], numbers: Tensor, begin: Mark) -> Mark:
-        """Begins; the answer is when the weights are updated."""
+    def update(self, gradients: Mapping[str, Tensor], taken: Mark, numbers: Tensor, begin: Mark) -> Mark:
+        """Begins; the answer is when the weights are updated. taken: when gradients in host memory are there."""
         self.fetch()
-        mine = [gradients[name][rows] for name, rows in self.spans]
+        if self._given:
+            mine = list(self._gradients.values())
+            self._loaded = self._queues.run("in", partial(_copy, self._gradients, self._given), [taken])
+        else:
+            mine = [gradients[name][rows] for name, rows in self.spans]
         work = partial(self._update, mine, numbers)
         done = self._queues.run("update", work, [begin, self._loaded], [*mine, numbers])
         self._stored = self._queues.run("out", partial(_copy, self._host, self._slab), [done])
@@ -202,16 +221,30 @@ class Window:
 class Stream:
     """In host memory, updated on the device piece by piece."""
 
-    def __init__(self, unit: Unit, queues: Queues) -> None:
+    def __init__(self, unit: Unit, queues: Queues, gradients: torch.dtype | None) -> None:
+        """gradients: the type of those that wait in host memory as well; None: they stay on the device."""
+        self._unit, self._queues = unit, queues
         self.tensors = unit.layout.views(queues.host(unit.layout.size).zero_())
-        self.pieces = [Piece(unit, spans, self.tensors) for spans in unit.spans(PIECE)]
-        self._names = list(unit.weights)
+        self._gradients: dict[str, Tensor] = {}
+        if gradients is not None:
+            like = {name: _part_like(weight, gradients, 1) for name, weight in unit.weights.items()}
+            layout = Layout.of(like)
+            self._gradients = layout.views(queues.host(layout.size).zero_())
+        self.pieces = [Piece(unit, spans, self.tensors, self._gradients) for spans in unit.spans(PIECE)]
+        self._taken: Mark = None
+        self._given: Mark = None
 
-    def update(self, gradients: list[Tensor], numbers: Tensor, rate: float, begin: Mark) -> Callable[[], Mark]:
-        named = dict(zip(self._names, gradients, strict=True))
+    def take(self, name: str, gradient: Tensor) -> None:
+        """Has a gradient copied to host memory, from which the last update has read the one before."""
+        copy = partial(self._gradients[name].copy_, gradient, non_blocking=True)
+        self._taken = self._queues.run("out", copy, [self._queues.now(), self._given], [gradient])
+
+    def update(self, numbers: Tensor, rate: float, begin: Mark) -> Callable[[], Mark]:
+        gradients = {} if self._gradients else self._unit.gradients()
         done = begin
         for piece in self.pieces:  # one after the other: the last one's end is the unit's
-            done = piece.update(named, numbers, begin)
+            done = piece.update(gradients, self._taken, numbers, begin)
+        self._given = done
         return lambda: done
 
     def settle(self) -> None:
@@ -227,7 +260,7 @@ class Cores:
     """fp32 in host memory, updated by torch's fused kernel for CPUs, in a thread of its own."""
 
     def __init__(self, unit: Unit, queues: Queues, thread: ThreadPoolExecutor) -> None:
-        self._queues, self._thread, self._adam = queues, thread, unit.adam
+        self._unit, self._queues, self._thread, self._adam = unit, queues, thread, unit.adam
         self.tensors = unit.layout.views(queues.host(unit.layout.size).zero_())
         self._parts = unit.parts(self.tensors)
         self._weights = [local(weight.detach()) for weight in unit.weights.values()]
@@ -242,7 +275,9 @@ class Cores:
         layout = Layout.of(like)
         return list(layout.views(self._queues.host(layout.size).zero_()).values())
 
-    def update(self, gradients: list[Tensor], numbers: Tensor, rate: float, begin: Mark) -> Callable[[], Mark]:
+    def update(self, numbers: Tensor, rate: float, begin: Mark) -> Callable[[], Mark]:
+        gradients = list(self._unit.gradients().values())
+
         def fetch() -> None:  # cast on the device: a copy that casts as well would do so on the host, which would wait
             for mine, gradient in zip([self._numbers, *self._gradients], [numbers, *gradients], strict=True):
                 mine.copy_(gradient.float(), non_blocking=True)
@@ -320,18 +355,28 @@ class Cores:
 class Offloaded:
     """Adamw8's update, which with every weight `exact` is that of AdamW in fp32, over state away from the device."""
 
-    def __init__(self, units: Sequence[Unit], places: Sequence[Place], queues: Queues, device: torch.device) -> None:
-        """units: in the order of the forward pass; places: of the state of each."""
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        places: Sequence[Place],
+        queues: Queues,
+        device: torch.device,
+        gradients: torch.dtype | None = None,
+    ) -> None:
+        """units: in the order of the forward pass; places: of the state of each. gradients: the type of those of
+        streamed units, which `take` is given in the backward; None: they are the weights' `.grad`."""
         self.units, self.places, self._queues, self._adam = units, tuple(places), queues, units[0].adam
         self.steps = torch.zeros((), dtype=torch.float64, device=device)
         thread = ThreadPoolExecutor(1, "optimizer")
         makers: dict[Place, Callable[[Unit], Store]] = {
             "resident": partial(Resident, queues=queues, device=device),
-            "streamed": partial(Stream, queues=queues),
+            "streamed": partial(Stream, queues=queues, gradients=gradients),
             "cpu": partial(Cores, queues=queues, thread=thread),
         }
         self._stores = [makers[place](unit) for unit, place in zip(units, places, strict=True)]
-        pieces = [piece for store in self._stores if isinstance(store, Stream) for piece in store.pieces]
+        streams = {store: unit for store, unit in zip(self._stores, units, strict=True) if isinstance(store, Stream)}
+        self._takers = {} if gradients is None else {name: s for s, unit in streams.items() for name in unit.weights}
+        pieces = [piece for stream in streams for piece in stream.pieces]
         self.window = Window(pieces, queues, device)
         self._ready: list[Callable[[], Mark]] = []
         self.restored()
@@ -350,12 +395,19 @@ class Offloaded:
         numbers = self._adam.numbers(self.steps, rate, scale)
         self._begin = begin = self._queues.now()
         self._end: Mark = None
-        self._ready = [
-            store.update(unit.gradients(), numbers, rate, begin)
-            for unit, store in zip(self.units, self._stores, strict=True)
-        ]
+        self._ready = [store.update(numbers, rate, begin) for store in self._stores]
         for piece in self.window.first:  # the next update's first pieces come while the model computes
             piece.fetch()
+
+    @property
+    def taken(self) -> list[str]:
+        """The weights whose gradients are to be given to `take`, in every step."""
+        return list(self._takers)
+
+    @torch.no_grad()
+    def take(self, name: str, gradient: Tensor) -> None:
+        """Has a gradient go to host memory; its memory on the device may be used again."""
+        self._takers[name].take(name, gradient)
 
     def ready(self, unit: int, streams: Sequence[Any] = ()) -> None:
         """What the present stream and these are told from now on finds the unit's weights updated."""

@@ -29,6 +29,10 @@ class Streamed:
     """Gigabytes of device memory for state that never leaves it: that of the layers which come first in the forward
     pass, whose updates nothing hides. The stream's window comes on top, three times the largest layer's state."""
 
+    gradients: bool = False
+    """Gradients go to host memory as soon as the backward has them, and come back with the state. Needs a single
+    micro-batch a step: several add up on the device."""
+
     def __post_init__(self) -> None:
         if self.device_gb < 0:
             raise ValueError(f"device_gb={self.device_gb}: must not be negative; 0 leaves all state in host memory")

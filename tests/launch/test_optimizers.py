@@ -93,6 +93,11 @@ def of_rank(pid: int, rank: int, folder: Path) -> bool:
         ("adamw8", ["optim.offload.device_gb=-1"], "optim.offload.device_gb=-1.0: must not be negative"),
         ("adamw8", ["optim.offload.kind=interleaved"], "optim.offload.kind='interleaved'"),
         ("adamw8", ["optim.exact=[heads]"], "optim.exact"),
+        (
+            "adamw8",
+            ["optim.offload.gradients=true", "train.batch=8"],
+            "train.micro_batch=2: optim.offload.gradients=True is for a single micro-batch a step",
+        ),
         ("interleaved", ["parallel.engine.kind=zero"], "optim.offload: is fsdp's"),
     ],
 )

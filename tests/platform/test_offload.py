@@ -238,7 +238,7 @@ def trains(cuts: list[dict[str, Any]], folder: str, first: int, last: int, save:
     """Steps of a model whose layers wait for their own updates, from the checkpoint before, if there is one."""
     control, found = dist.new_group(backend="gloo"), []
     for cut in cuts:
-        seed = cut.pop("seed", None)
+        seed, away = cut.pop("seed", None), cut.pop("gradients", False)
         mesh = Mesh(Parallel(**cut).sizes(dist.get_world_size()), torch.device("cpu"), control)
         with torch.device("meta"):
             model, whole = (MODEL.build(64, Local()) for _ in range(2))
@@ -250,8 +250,12 @@ def trains(cuts: list[dict[str, Any]], folder: str, first: int, last: int, save:
             optimizer: Any = config.build(engine.weights, roles(whole), 5)
         else:
             units = units_of(config, engine.weights, roles(whole), 5, engine.units)
-            optimizer = Offloaded(units, ("streamed",) * 4, Late(seed) if seed else queues_of(mesh.device), mesh.device)
+            queues: Any = Late(seed) if seed else queues_of(mesh.device)
+            places: tuple[Place, ...] = ("streamed", "resident", "streamed", "streamed")
+            optimizer = Offloaded(units, places, queues, mesh.device, torch.float32 if away else None)
             engine.gate(optimizer.ready)
+            if away:
+                engine.give_away(optimizer.taken, optimizer.take)
         tensors = {f"model.{n}": w.detach() for n, w in engine.weights.items()}
         saver = Saver(Path(folder), 2, control, lambda _: None)
         if first > 1:
@@ -264,6 +268,9 @@ def trains(cuts: list[dict[str, Any]], folder: str, first: int, last: int, save:
             generator = torch.Generator().manual_seed(step)
             tokens = torch.randint(64, (4, 33), generator=generator)[mesh.index("dp") * rows :][:rows]
             loss = engine.sum(engine.forward_backward([batch_of(row) for row in tokens.split(1)], 4 * 32.0))
+            if away:
+                kept = {name for name, weight in engine.weights.items() if weight.grad is not None}
+                assert kept == set(engine.units[1]), "of the resident layer only"
             norm = engine.gradient_norm()
             optimizer.update(1e-2, (0.3 / norm).clamp(max=1.0))
             engine.clear()
@@ -294,12 +301,14 @@ def same(left: Any, right: Any) -> None:
 
 @pytest.mark.parametrize("cut", [{}, {"tp": 2}], ids=["sharded", "tp"])
 def test_training_with_streamed_state(ranks: Any, tmp_path: Path, cut: dict[str, Any]) -> None:
-    """The same losses, weights and state bit for bit as with state on the device; stopped and resumed as well."""
+    """The same losses, weights and state bit for bit as with state on the device; stopped and resumed as well, and with
+    gradients that leave the device during the backward."""
     cuts = [cut, {**cut, "seed": 0}, {**cut, "seed": 4}]
     told = {"folder": str(tmp_path), "save": 2}
-    resident, streamed, late = ranks(2, trains, cuts=cuts, first=1, last=4, **told)[0]
-    same(streamed, resident)
-    same(late, resident)
+    cuts += [] if "tp" in cut else [{**cut, "seed": 3, "gradients": True}]
+    resident, *others = ranks(2, trains, cuts=cuts, first=1, last=4, **told)[0]
+    for other in others:
+        same(other, resident)
     [resumed] = ranks(2, trains, cuts=[{**cut, "seed": 1}], first=3, last=4, **told)[0]
     same(resumed, {**resident, "losses": resident["losses"][2:]})
 
