@@ -3,6 +3,8 @@ PYTHON ?= python3
 TORCH ?= 2.13.0
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# A process for each core; the tests of a file stay together, since they share what was dear to make.
+WORKERS := -n logical --dist loadfile
 # PyTorch's public index of CPU builds: PyPI's own Linux build brings several GB of CUDA libraries.
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
@@ -13,10 +15,10 @@ quickstart: install
 	$(BIN)/launch train --config configs/quickstart.yaml $(ARGS)
 
 test: .venv/dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(WORKERS) $(ARGS)
 
 laws: .venv/dev
-	$(BIN)/python -m pytest -m "laws or not laws" $(ARGS)
+	$(BIN)/python -m pytest $(WORKERS) -m "laws or not laws" $(ARGS)
 
 check: .venv/dev
 	$(BIN)/ruff check .

@@ -68,8 +68,8 @@ def offset(tensor: torch.Tensor) -> tuple[int, ...]:
 def beside(weight: torch.Tensor, dtype: torch.dtype, block: int = 1) -> torch.Tensor:
     """Zeros cut like a weight; of `block` as `around` has it."""
     mine = local(weight)
-    zeros = torch.zeros((*mine.shape[:-1], mine.shape[-1] // block) if block > 1 else mine.shape, dtype=dtype)
-    return around(weight, zeros.to(mine.device), block)
+    shape = (*mine.shape[:-1], mine.shape[-1] // block) if block > 1 else mine.shape
+    return around(weight, torch.zeros(shape, dtype=dtype, device=mine.device), block)
 
 
 def around(weight: torch.Tensor, mine: torch.Tensor, block: int = 1) -> torch.Tensor:

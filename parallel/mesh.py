@@ -66,7 +66,8 @@ class Parallel:
     """How attention spans the ranks of cp, and which rank holds which tokens; with cp = 1 it has no say."""
     gather: Gather | Literal["auto"] = "auto"
     """How long a gathered weight stays: `layer` frees it after each forward and backward; `step` keeps it, in the type
-    of products, through all micro-batches: fewer gathers for more memory. auto: step where shard is 1."""
+    of products, through all micro-batches: fewer gathers for more memory. auto: step where shard is 1 and no optimizer
+    state is offloaded."""
     engine: Annotated[Fsdp | Zero, "choice"] = Fsdp()
     """Who cuts weights, gradients and optimizer state over dp·cp, and brings them together."""
 

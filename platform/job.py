@@ -7,7 +7,7 @@ from typing import Literal
 
 from farspan.models.mixers import Softmax
 from farspan.models.zoo import Model
-from farspan.parallel.mesh import Parallel, Zero
+from farspan.parallel.mesh import Gather, Parallel, Sizes, Zero
 from farspan.parallel.recompute import KEEP, Recompute
 from farspan.platform.config import kind
 from farspan.platform.data import Data, Mixture
@@ -139,6 +139,11 @@ class Job:
     def __post_init__(self) -> None:
         if not self.name or self.name.startswith(".") or any(c in self.name for c in (os.sep, "\0", " ", "\n")):
             raise ValueError(f"name={self.name!r}: must be usable as a folder's name, without / or spaces")
+
+    def gathering(self, sizes: Sizes) -> Gather:
+        """How long gathered weights stay: whoever offloads state has no room for a second copy of all weights."""
+        offloads = isinstance(self.optim, Adamw | Adamw8) and self.optim.offload is not None
+        return "layer" if offloads and self.parallel.gather == "auto" else self.parallel.gathering(sizes)
 
     def problems(self, world: int) -> list[str]:
         """What keeps the sections from fitting each other on `world` ranks."""

@@ -13,8 +13,8 @@ from farspan.platform.config import kind
 from farspan.platform.job import Job
 from farspan.platform.optim import Adamw, Adamw8
 from farspan.platform.optim.cost import WINDOW
-from farspan.platform.optim.offload import PIECE
 from farspan.platform.optim.placement import Interleaved, Streamed
+from farspan.platform.optim.stores import PIECE
 from farspan.platform.trainer import compute_type, held_types
 
 
@@ -122,7 +122,7 @@ def _memory(job: Job, model: DecoderModel, sizes: Sizes, cut: tuple[int, int], c
         weights=held.weights.itemsize * weights // sizes.shard,
         gradients=held.gradients.itemsize * weights // sizes.shard,
         optimizer=0,
-        gathered=(weights if job.parallel.gathering(sizes) == "step" else root + 2 * max(layers)) * compute.itemsize,
+        gathered=(weights if job.gathering(sizes) == "step" else root + 2 * max(layers)) * compute.itemsize,
         activations=activations,
         logits=chunk * (4 + 4 + compute.itemsize) + 4 * head.numel(),
         host=host,

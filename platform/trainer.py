@@ -432,7 +432,7 @@ class Trainer:
             kept=job.train.kept,
             stashed=job.train.stashed,
             compiled=job.train.compile,
-            gather=job.parallel.gathering(self.mesh.sizes),
+            gather=job.gathering(self.mesh.sizes),
         )
         return engine, whole.flops, roles(whole)
 

@@ -23,7 +23,7 @@ from farspan.parallel.engine import Engine, Held
 from farspan.parallel.fsdp import full
 from farspan.parallel.mesh import Mesh, Parallel
 from farspan.platform.checkpoint import Saver, load
-from farspan.platform.optim import Adamw, Adamw8, offload
+from farspan.platform.optim import Adamw, Adamw8, stores
 from farspan.platform.optim.cost import Place
 from farspan.platform.optim.offload import Offloaded, split_for, units_of
 from farspan.platform.optim.placement import Interleaved, Streamed
@@ -128,7 +128,7 @@ def test_streamed_is_resident(places: tuple[Place, ...], seed: int) -> None:
 @pytest.mark.parametrize("piece", [1, 5000, 40_000, 1 << 28])
 def test_pieces_change_nothing(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A unit's state goes through a window of three pieces, be they single rows; weights of one axis as well."""
-    monkeypatch.setattr(offload, "PIECE", piece)
+    monkeypatch.setattr(stores, "PIECE", piece)
     ours, theirs = weights_of(torch.bfloat16), weights_of(torch.bfloat16)
     optimizer, reference = offloaded(EIGHT, ours, STREAMED, Late(5)), EIGHT.build(theirs, KNOWN, 7)
     rows = max(10 * 96, piece) + 8 * ALIGNED
