@@ -14,6 +14,15 @@ import pytest
 
 Ranks = Callable[..., list[Any]]
 
+
+def pytest_configure() -> None:
+    """Where every core has a test process of its own, more threads would only wait for each other."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        import torch
+
+        torch.set_num_threads(1)
+
+
 _CHILD = """
 import importlib.util, json, os, sys
 import torch, torch.distributed as dist

@@ -81,7 +81,7 @@ def test_kinds_that_share_a_key_are_told_together() -> None:
     ("path", "said"),
     [
         ("optin", "--explain optin: a configuration has no key optin; did you mean optim?"),
-        ("optim.beta", "--explain optim.beta: optim has no key beta; did you mean betas?"),
+        ("optim.bets", "--explain optim.bets: optim has no key bets; did you mean betas?"),
         ("schedule.cosin", "schedule has no key cosin; did you mean cosine?"),
         ("train.steps.more", "train.steps has no key more; known here: nothing"),
     ],
