@@ -118,10 +118,10 @@ class Adam:
         go = scale != 0
         steps += go
         powers = torch.stack([1 - torch.pow(beta, steps) for beta in self.betas])
-        decay = 1 - torch.as_tensor(rate, device=steps.device) * self.weight_decay
+        decay = torch.ones_like(steps) - rate * self.weight_decay  # a tensor made of the rate would wait for the device
         scale = scale.to(steps.dtype).view(())
         shares = scale * (1 - self.betas[0]), scale * scale * (1 - self.betas[1])
-        found = [*shares, rate / powers[0], powers[1].rsqrt(), decay.to(steps.dtype).view(()), steps * go]
+        found = [*shares, rate / powers[0], powers[1].rsqrt(), decay.view(()), steps * go]
         return torch.stack(found).float()
 
 

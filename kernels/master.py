@@ -101,4 +101,5 @@ def rest(wanted, weight, random, MASTER: tl.constexpr):  # type: ignore[no-untyp
     steps = (0x7F000000 - exponent).to(tl.float32, bitcast=True) * _STEPS
     drawn = ((random >> 16).to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True)  # 2²³ + 16 random bits
     place = (wanted - weight) * steps + (drawn * 2.0**-16 - (128.5 - 2.0**-17))
-    return (tl.minimum(tl.maximum(place, -127.0), 127.0) + _UP).to(tl.int32, bitcast=True) - 0x4B400000
+    place = tl.where(exponent == 0, 0.0, tl.minimum(tl.maximum(place, -127.0), 127.0))
+    return (place + _UP).to(tl.int32, bitcast=True) - 0x4B400000

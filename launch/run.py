@@ -22,7 +22,7 @@ from farspan.platform.job import Job
 from farspan.platform.plan import plan
 from farspan.platform.schedule import Constant
 
-MAY_CHANGE = ("train.steps", "parallel", "launch", "checkpoint", "metrics")
+MAY_CHANGE = ("train.steps", "parallel", "launch", "checkpoint", "metrics", "optim.offload")
 """What a resumed run may do differently from its own configuration."""
 
 
@@ -176,6 +176,13 @@ def resume(run: Run, folder: Path) -> Run:
                 f"{key}={new!r}: the run {folder} was started with {was!r}, and --resume may change only {allowed}; "
                 f"give the same overrides as then (or --config {path}), or start a run under a new name"
                 for key, was, new in refused
+            ]
+        )
+    if old.job.optim.weight_type != wanted.job.optim.weight_type:
+        raise ConfigError(
+            [
+                f"optim.offload: the run {folder} holds its weights in {old.job.optim.weight_type}, and with this in "
+                f"{wanted.job.optim.weight_type}; launch convert makes a run of it that goes on so"
             ]
         )
     reached = latest(folder / "checkpoints") or 0

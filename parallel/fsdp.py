@@ -91,8 +91,9 @@ def gathering_streams(module: nn.Module) -> list[Any]:
     if not isinstance(module, FSDPModule):
         return []
     made = module._get_fsdp_state()._comm_ctx
-    names = ("all_gather_copy_in_stream", "all_gather_stream")
-    return [stream for name in names if (stream := getattr(made, name, None)) is not None]
+    if not hasattr(made, "device_handle"):  # it makes them in the first forward
+        return []
+    return [made.all_gather_copy_in_stream, made.all_gather_stream]
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:

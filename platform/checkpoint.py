@@ -31,6 +31,8 @@ from farspan.parallel.fsdp import local
 MANIFEST = "manifest.json"
 LATEST = "LATEST"
 FORMAT = 1
+FILE = 1 << 30
+"""Bytes of a rank's file, about: larger only for a single tensor."""
 Say = Callable[[str], None]
 State = Mapping[str, Tensor]
 
@@ -71,10 +73,10 @@ class Hashed:
 class _Writer(HuggingFaceStorageWriter):
     """Writes safetensors, hashes what it wrote, and (on rank 0, once all ranks are done) commits."""
 
-    def __init__(self, root: Path, step: int, manifest: dict[str, Any], keep: int) -> None:
+    def __init__(self, root: Path, step: int, manifest: dict[str, Any], keep: int, state: State) -> None:
         self.root, self.step, self.manifest, self.keep = root, step, manifest, keep
         self.aside = Path(f"{folder_of(root, step)}.tmp")
-        super().__init__(path=str(self.aside), save_distributed=True)
+        super().__init__(path=str(self.aside), save_distributed=True, fqn_to_index_mapping=_files(state))
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         results = super().write_data(plan, planner).wait()
@@ -105,6 +107,18 @@ class _Writer(HuggingFaceStorageWriter):
         older = [step for step in steps_in(self.root) if step < self.step]
         for old in older[self.keep - 1 :]:
             shutil.rmtree(folder_of(self.root, old), ignore_errors=True)
+
+
+def _files(state: State) -> dict[str, int]:
+    """Which file, from 1 on, each tensor goes to: a file is made in memory, twice, before it is written."""
+    found, size, index = {}, 0, 1
+    for name, tensor in state.items():
+        mine = local(tensor)
+        if size and size + mine.nbytes > FILE:
+            size, index = 0, index + 1
+        size += mine.nbytes
+        found[name] = index
+    return found
 
 
 def replace(path: Path, text: str) -> None:
@@ -180,7 +194,7 @@ class Saver:
         self._clear(step)
         response = state_dict_saver.async_save(
             dict(state),
-            storage_writer=_Writer(self.root, step, manifest, self.keep),
+            storage_writer=_Writer(self.root, step, manifest, self.keep, state),
             process_group=self.control,
             async_checkpointer_type=AsyncCheckpointerType.PROCESS,
             async_stager=self._copies(),
@@ -218,7 +232,7 @@ class Saver:
         for _ in range(self.TRIES):
             self._clear(step)
             try:
-                writer = _Writer(self.root, step, manifest, self.keep)
+                writer = _Writer(self.root, step, manifest, self.keep, state)
                 state_dict_saver.save(dict(state), storage_writer=writer, process_group=self.control)
                 self.failures, self.saved = 0, step
                 self.say(f"saved checkpoint {folder_of(self.root, step)}")

@@ -13,8 +13,7 @@ from farspan.platform.config import kind
 from farspan.platform.job import Job
 from farspan.platform.optim import Adamw, Adamw8
 from farspan.platform.optim.cost import WINDOW
-from farspan.platform.optim.placement import Interleaved, Streamed
-from farspan.platform.optim.stores import PIECE
+from farspan.platform.optim.placement import PIECE, Interleaved, Streamed, in_front
 from farspan.platform.trainer import compute_type, held_types
 
 
@@ -146,18 +145,17 @@ def _under_offload(job: Job, memory: Memory, states: list[int]) -> Memory:
     if offload is None:
         return replace(memory, optimizer=sum(states))
     largest = max(states)
-    room, window = 0, WINDOW * min(PIECE, largest)
-    if isinstance(offload, Streamed):
-        room = int(offload.device_gb * 1e9)
-        if sum(states) <= room + window:
-            return replace(memory, optimizer=sum(states))
-    kept = max(sum(states[:i]) for i in range(len(states)) if sum(states[:i]) <= room)
+    stay = in_front(states, offload.device_gb * 1e9) if isinstance(offload, Streamed) else 0
+    if stay == len(states):
+        return replace(memory, optimizer=sum(states))
+    kept, window = sum(states[:stay]), WINDOW * min(PIECE, largest)
     away = sum(states) - kept
-    if isinstance(offload, Interleaved):  # beside moments and residual: fp32 weights and gradients, bf16 weights
+    if isinstance(offload, Interleaved):  # were all the CPU's: fp32 weights and gradients and bf16 weights as well
         away *= 2
     gradients = memory.gradients
-    if isinstance(offload, Streamed) and offload.gradients:  # two layers' are on the device, and come back in pieces
-        gradients = min(gradients, 2 * largest * gradients // max(1, sum(states)))
+    if isinstance(offload, Streamed) and offload.gradients:
+        # Beside those of layers that stay, three layers' are on the device, and come back in pieces.
+        gradients = min(gradients, (3 * largest + kept) * gradients // max(1, sum(states)))
         window += window * (memory.gradients - gradients) // max(1, sum(states))
     host = memory.host + away + memory.gradients - gradients
     return replace(memory, optimizer=kept + window, gradients=gradients, host=host)

@@ -143,6 +143,8 @@ class Trainer:
         finally:
             self.loader.close()
             self.saver.close()
+            if isinstance(self.optimizer, Offloaded):
+                self.optimizer.close()
             if self.journal is not None:
                 self.journal.close()
             self.sinks.close()
@@ -210,7 +212,7 @@ class Trainer:
             self._evaluate()
         if self.save_due and self.finite_last and not last:
             resume = self.recorder.pause()
-            # A save beside training copies the state aside: of offloaded state the host would hold everything twice.
+            # A save beside training would copy the state aside, and the host hold all of what is offloaded twice.
             save = self.saver.save if isinstance(self.optimizer, Offloaded) else self.saver.start
             save(step, self._tensors(), self._manifest())
             self.save_due = False

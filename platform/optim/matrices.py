@@ -46,7 +46,9 @@ def check(*, rate: float, weight_decay: float, max_norm: float | None, rest: Res
     if max_norm is not None and max_norm <= 0:
         raise ValueError(f"max_norm={max_norm}: must be positive; null for no clipping")
     if rest.weight_type != torch.float32:
-        raise ValueError("rest: keeps its weights in bf16, while matrices here are fp32; set rest.master: fp32")
+        raise ValueError(
+            "rest: keeps its weights in bf16, while matrices here are fp32; set rest.master: fp32, rest.offload: null"
+        )
 
 
 def holds_matrices(shape: tuple[int, ...], role: Role) -> bool:

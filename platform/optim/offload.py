@@ -6,9 +6,9 @@ the forward pass; each layer waits for its own weights only (`ready`). Nothing i
 order and the cost of it are those of `simulate` and `cost`.
 """
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,17 @@ from farspan.parallel.fsdp import local
 from farspan.platform.optim.adamw import Adamw
 from farspan.platform.optim.adamw8 import Adamw8
 from farspan.platform.optim.cost import WINDOW, Codec, Place
-from farspan.platform.optim.placement import Interleaved, Split, Streamed, choose, interleave
+from farspan.platform.optim.placement import (
+    Interleaved,
+    Split,
+    Streamed,
+    choose,
+    decode,
+    in_front,
+    interleave,
+    split,
+    spread,
+)
 from farspan.platform.optim.queues import Mark, Queues
 from farspan.platform.optim.rates import Rates
 from farspan.platform.optim.stores import Cores, Resident, Store, Stream, Unit, Window
@@ -41,11 +51,19 @@ class Offloaded:
         streamed units, which `take` is given in the backward; None: they are the weights' `.grad`."""
         self.units, self.places, self._queues, self._adam = units, tuple(places), queues, units[0].adam
         self.steps = torch.zeros((), dtype=torch.float64, device=device)
-        thread = ThreadPoolExecutor(1, "optimizer")
+        self._thread = ThreadPoolExecutor(1, "optimizer")
+        self._span: list[Mark] = []
+        """Where the present update begins and ends."""
+        self._last: list[Mark] = []
+        """The same of the last one whose end is known."""
+        self._held: list[Tensor] = []
+        """Gradients of the present update: the memory is given back when the model's streams wait for it anyhow."""
+        self._going: deque[tuple[Store, Mark, Tensor]] = deque()
+        """Gradients on their way to host memory."""
         makers: dict[Place, Callable[[Unit], Store]] = {
             "resident": partial(Resident, queues=queues, device=device),
             "streamed": partial(Stream, queues=queues, gradients=gradients),
-            "cpu": partial(Cores, queues=queues, thread=thread),
+            "cpu": partial(Cores, queues=queues, thread=self._thread),
         }
         self._stores = [makers[place](unit) for unit, place in zip(units, places, strict=True)]
         streams = {store: unit for store, unit in zip(self._stores, units, strict=True) if isinstance(store, Stream)}
@@ -67,8 +85,11 @@ class Offloaded:
     def update(self, rate: float, scale: Tensor) -> None:
         """See `farspan.parallel.engine.Optimizer`. Everything is begun here, and waited for in `ready`."""
         numbers = self._adam.numbers(self.steps, rate, scale)
-        self._begin = begin = self._queues.now()
-        self._end: Mark = None
+        self._held = [gradient for _, _, gradient in self._going]
+        self._held += [local(w.grad) for unit in self.units for w in unit.weights.values() if w.grad is not None]
+        self._going.clear()
+        begin = self._queues.now()
+        self._span = [begin]
         self._ready = [store.update(numbers, rate, begin) for store in self._stores]
         for piece in self.window.first:  # the next update's first pieces come while the model computes
             piece.fetch()
@@ -80,8 +101,13 @@ class Offloaded:
 
     @torch.no_grad()
     def take(self, name: str, gradient: Tensor) -> None:
-        """Has a gradient go to host memory; its memory on the device may be used again."""
-        self._takers[name].take(name, gradient)
+        """Has a gradient go to host memory. The present stream, which makes gradients, waits until those of the unit
+        before last are there: their memory is then used again."""
+        store = self._takers[name]
+        self._going.append((store, store.take(name, gradient), gradient))
+        under_way = list(dict.fromkeys(going for going, _, _ in self._going))
+        while self._going[0][0] not in under_way[-2:]:
+            self._queues.hold(self._going.popleft()[1])
 
     def ready(self, unit: int, streams: Sequence[Any] = ()) -> None:
         """What the present stream and these are told from now on finds the unit's weights updated."""
@@ -89,12 +115,20 @@ class Offloaded:
             return
         mark = self._ready[unit]()
         self._queues.hold(mark, streams)
-        if unit == len(self._ready) - 1:
-            self._end = mark
+        if unit == len(self._ready) - 1 and len(self._span) == 1:
+            self._span.append(mark)
+            self._last = self._span
+            self._held = []
 
     def seconds(self) -> float | None:
-        """What the last update took, from the known norm to the last layer's weights; None: not known yet."""
-        return self._queues.seconds(self._begin, self._end) if self._ready and self._end is not None else None
+        """What an update took, from the known norm to the last layer's weights: of the last one that has been waited
+        for; None: of none yet."""
+        return self._queues.seconds(*self._last) if self._last else None
+
+    def close(self) -> None:
+        """Gives threads and host memory back; after that nothing can be updated."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._queues.close()
 
     def settle(self) -> None:
         """The host waits until weights and state are what the last update left."""
@@ -126,7 +160,11 @@ def split_for(offload: Streamed | Interleaved, units: Sequence[Unit], rates: Rat
     sizes = [sum(local(weight).numel() for weight in unit.weights.values()) for unit in units]
     each = sum(unit.layout.size for unit in units) / max(1, sum(sizes))  # bytes a parameter, on the average
     codec = Codec(down=each, up=each, resident=each, host=each)
-    if isinstance(offload, Interleaved):
+    if isinstance(offload, Streamed):
+        kept = in_front([unit.layout.size for unit in units], offload.device_gb * 1e9)
+        return split(sizes, decode(spread(len(units), kept, 0)), codec, rates)
+    if offload.pattern != "auto":
         return interleave(sizes, codec, rates, offload.pattern)
-    reserved = min(WINDOW, len(sizes)) * max(sizes, default=0) * each  # `choose` takes whole units for its window
-    return choose(sizes, codec, replace(rates, cpu=0.0), offload.device_gb * 1e9 + reserved * (1 + 1e-9))
+    # `choose` takes whole units for its window, in which some could stay: the window of pieces has no room for them.
+    found = choose(sizes, codec, rates, min(WINDOW, len(sizes)) * max(sizes, default=0) * each * (1 + 1e-9))
+    return split(sizes, decode(found.code.replace("r", "s")), codec, rates)

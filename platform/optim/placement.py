@@ -10,6 +10,8 @@ from farspan.platform.optim.cost import WINDOW, Codec, Place, Prediction, parame
 from farspan.platform.optim.rates import Rates
 
 Pattern = Literal["stride", "optimum"]
+PIECE = 1 << 28
+"""Bytes of state that are streamed at once: at 50 GB/s five milliseconds, long against a launch."""
 
 LETTERS: dict[str, Place] = {"r": "resident", "s": "streamed", "c": "cpu"}
 
@@ -34,8 +36,8 @@ class Streamed:
     micro-batch a step: several add up on the device."""
 
     def __post_init__(self) -> None:
-        if self.device_gb < 0:
-            raise ValueError(f"device_gb={self.device_gb}: must not be negative; 0 leaves all state in host memory")
+        if not 0 <= self.device_gb < math.inf:
+            raise ValueError(f"device_gb={self.device_gb}: must be 0, which leaves all state in host memory, or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +45,9 @@ class Interleaved:
     """fp32 state waits in host memory; the CPU updates some layers while others are streamed through the device (Deep
     Optimizer States, Maurya et al., 2024)."""
 
-    pattern: Pattern = "stride"
-    """Which layers are streamed: every k-th, by the paper's law for k, or so many that link and CPU end together."""
+    pattern: Pattern | Literal["auto"] = "auto"
+    """Which layers are streamed: every k-th, by the paper's law for k (stride); so many that link and CPU end together
+    (optimum); or what the cost model foretells to be fastest, host memory's speed included (auto)."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +61,14 @@ class Split:
 
     @property
     def code(self) -> str:
-        """A letter for each subgroup: what a run keeps, so that it goes on with the same."""
+        """A letter for each subgroup: r, s or c."""
         return "".join(place[0] for place in self.places)
 
 
 def decode(code: str) -> tuple[Place, ...]:
     """The places of `Split.code`."""
     if not set(code) <= set(LETTERS):
-        raise ValueError(f"split: {code!r} must be a word of r, s and c; remove it to choose anew")
+        raise ValueError(f"split: {code!r} must be a word of r, s and c")
     return tuple(LETTERS[letter] for letter in code)
 
 
@@ -122,6 +125,13 @@ def optimum(codec: Codec, rates: Rates) -> float:
     """The share to stream when link and cores end together: f* = (B/s) / (U_c + B/s). Neither the host's memory nor
     the GPU is thought of."""
     return 1 / (1 + rates.cpu * codec.down / rates.duplex)
+
+
+def in_front(sizes: Sequence[int], room: float) -> int:
+    """How many of the first layers' states, of so many bytes, stay on the device: what fits in `room`, or all if they
+    fit in it and the window that is then not needed."""
+    window = min(WINDOW, len(sizes)) * min(PIECE, max(sizes, default=0))
+    return len(sizes) if sum(sizes) <= room + window else _fitting(sizes, 1.0, room)
 
 
 def interleave(

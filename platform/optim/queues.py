@@ -1,12 +1,12 @@
 """Work that goes on beside the model's: state comes in, is updated, and goes out, each in its own queue."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
-Queue = Literal["in", "update", "out"]
+Queue = Literal["in", "update", "out", "send"]
 
 Mark = Any
 """A point in a queue that other work can wait for; None: it is reached."""
@@ -36,20 +36,38 @@ class Queues(Protocol):
     def seconds(self, begin: Mark, end: Mark) -> float | None:
         """Between two marks; None: not known, or not yet."""
 
+    def close(self) -> None:
+        """Ends the device's hold on host memory, once it is done with it."""
+
 
 class Streams:
     """A CUDA device: a stream for each queue. Updates go before the model's own work, which waits for them."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._streams = {name: torch.cuda.Stream(device, priority=-1) for name in ("in", "update", "out")}
+        self._registered: list[Tensor] = []
+        self._streams = {name: torch.cuda.Stream(device, priority=-1) for name in get_args(Queue)}
 
     def host(self, size: int) -> Tensor:
         # Registered rather than allocated as pinned: that comes in powers of two, and a third would lie idle.
         memory = torch.empty(size, dtype=torch.uint8)
         if size:
-            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, 0)))
+            try:
+                torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, 0)))
+            except RuntimeError as error:
+                held = sum(slab.numel() for slab in self._registered)
+                raise RuntimeError(
+                    f"the host gives no {size:,} bytes more that the device can reach, after {held:,} ({error}); set "
+                    "optim.offload.device_gb, optim.master: none or residual8, or start fewer ranks a node"
+                ) from error
+            self._registered.append(memory)
         return memory
+
+    def close(self) -> None:
+        torch.cuda.synchronize(self._device)
+        for slab in self._registered:
+            torch.cuda.cudart().cudaHostUnregister(slab.data_ptr())
+        self._registered.clear()
 
     def now(self) -> Mark:
         return torch.cuda.current_stream(self._device).record_event(torch.cuda.Event(enable_timing=True))
@@ -98,6 +116,9 @@ class Inline:
 
     def seconds(self, begin: Mark, end: Mark) -> float | None:
         return None  # work that is done at once takes the host's time, which steps are measured by
+
+    def close(self) -> None:
+        pass
 
 
 def queues_of(device: torch.device) -> Queues:

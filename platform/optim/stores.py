@@ -15,6 +15,7 @@ from farspan.models.roles import Role
 from farspan.parallel.fsdp import around, local
 from farspan.platform.optim.adamw8 import Adamw8, check, kinds, part
 from farspan.platform.optim.cost import WINDOW
+from farspan.platform.optim.placement import PIECE
 from farspan.platform.optim.queues import Mark, Queues
 from farspan.platform.optim.slab import Layout
 
@@ -76,7 +77,10 @@ class Unit:
         missing = [name for name, weight in self.weights.items() if weight.grad is None and local(weight).numel()]
         if missing:
             raise ValueError(f"optim.offload: {missing[0]} has no gradient: every weight must take part in every step")
-        return {name: local(weight.grad) for name, weight in self.weights.items() if weight.grad is not None}
+        return {
+            name: torch.empty_like(local(weight)) if weight.grad is None else local(weight.grad)
+            for name, weight in self.weights.items()
+        }
 
 
 def _part_like(weight: Tensor, dtype: torch.dtype, block: int) -> Tensor:
@@ -113,7 +117,7 @@ class Resident:
     def update(self, numbers: Tensor, rate: float, begin: Mark) -> Callable[[], Mark]:
         gradients = list(self._unit.gradients().values())
         work = partial(self._update, gradients, numbers)
-        self._done = self._queues.run("update", work, [begin], [*gradients, numbers])
+        self._done = self._queues.run("update", work, [begin], [numbers])
         return lambda: self._done
 
     def settle(self) -> None:
@@ -124,9 +128,6 @@ class Resident:
 
 
 GRADIENT = "gradient"
-
-PIECE = 1 << 28
-"""Bytes of state that are streamed at once: at 50 GB/s five milliseconds, long against a launch."""
 
 
 class Piece:
@@ -176,7 +177,7 @@ class Piece:
         else:
             mine = [gradients[name][rows] for name, rows in self.spans]
         work = partial(self._update, mine, numbers)
-        done = self._queues.run("update", work, [begin, self._loaded], [*mine, numbers])
+        done = self._queues.run("update", work, [begin, self._loaded], [numbers])
         self._stored = self._queues.run("out", partial(_copy, self._host, self._slab), [done])
         self._window.free[self._turn], self._ahead = self._stored, False
         return done
@@ -223,14 +224,23 @@ class Stream:
         self.pieces = [Piece(unit, spans, self.tensors, self._gradients) for spans in unit.spans(PIECE)]
         self._taken: Mark = None
         self._given: Mark = None
+        self._fresh: set[str] = set()
+        """Weights whose gradient came since the last update."""
 
-    def take(self, name: str, gradient: Tensor) -> None:
+    def take(self, name: str, gradient: Tensor) -> Mark:
         """Has a gradient copied to host memory, from which the last update has read the one before."""
         copy = partial(self._gradients[name].copy_, gradient, non_blocking=True)
-        self._taken = self._queues.run("out", copy, [self._queues.now(), self._given], [gradient])
+        self._taken = self._queues.run("out", copy, [self._queues.now(), self._given])
+        self._fresh.add(name)
+        return self._taken
 
     def update(self, numbers: Tensor, rate: float, begin: Mark) -> Callable[[], Mark]:
         gradients = {} if self._gradients else self._unit.gradients()
+        if stale := [
+            name for name, gradient in self._gradients.items() if gradient.numel() and name not in self._fresh
+        ]:
+            raise ValueError(f"optim.offload: {stale[0]} has no gradient: every weight must take part in every step")
+        self._fresh = set()
         done = begin
         for piece in self.pieces:  # one after the other: the last one's end is the unit's
             done = piece.update(gradients, self._taken, numbers, begin)
@@ -272,7 +282,7 @@ class Cores:
             for mine, gradient in zip([self._numbers, *self._gradients], [numbers, *gradients], strict=True):
                 mine.copy_(gradient.float(), non_blocking=True)
 
-        come = self._queues.run("out", fetch, [begin], [*gradients, numbers])
+        come = self._queues.run("out", fetch, [begin], [numbers])
         self._pending = self._thread.submit(self._step, come, rate)
         sent: list[Mark] = []
 
@@ -292,7 +302,7 @@ class Cores:
             for weight, half in zip(self._weights, self._halves, strict=True):
                 weight.copy_(half, non_blocking=True)
 
-        return self._queues.run("in", send, [])
+        return self._queues.run("send", send, [])
 
     @torch.no_grad()
     def _step(self, come: Mark, rate: float) -> None:

@@ -66,6 +66,9 @@ def test_killed_8_bit_training_goes_on_as_if_never_stopped(corpus: Path) -> None
     assert run.returncode == 0, said.decode()
     assert {line["attempt"] for line in metrics.read(folder)} == {1, 2}, "it was killed while it trained"
     assert losses(folder) == losses(corpus.parent / "runs" / "whole")
+    longer = command("adamw8", "name=killed", *long, "train.steps=26", "optim.offload=null", "--resume")
+    subprocess.run(longer, cwd=corpus.parent, check=True, capture_output=True)
+    assert max(losses(folder)) == 26
 
 
 def wait_for_step(folder: Path, step: int) -> None:

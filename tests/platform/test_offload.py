@@ -3,8 +3,9 @@
 import random
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -47,28 +48,36 @@ class Late(Inline):
     """Work is done when somebody waits for it, in any order that the queues allow, never sooner."""
 
     def __init__(self, seed: int) -> None:
-        self._waiting: dict[Queue, list[Task]] = {"in": [], "update": [], "out": []}
+        self._waiting: dict[str, list[Task]] = {name: [] for name in (*get_args(Queue), "model")}
+        self.streams: list[int] = []
+        """How many each `hold` was told."""
         self._done: set[int] = set()
+        self.only = set(self._waiting)
         self._count = 0
         self._random = random.Random(seed)
         self._lock = threading.RLock()
 
     def now(self) -> Mark:
-        return None
+        return self.run("model", lambda: None, ())
 
-    def run(self, queue: Queue, work: Callable[[], object], after: Iterable[Mark], uses: Sequence[Tensor] = ()) -> Mark:
+    def run(self, queue: str, work: Callable[[], object], after: Iterable[Mark], uses: Sequence[Tensor] = ()) -> Mark:
         with self._lock:
             self._count += 1
             self._waiting[queue].append((self._count, work, [mark for mark in after if mark is not None]))
             return self._count
 
     def hold(self, mark: Mark, streams: Iterable[Any] = ()) -> None:
+        self.streams.append(len(list(streams)))
         self.reached(mark)
+
+    def seconds(self, begin: Mark, end: Mark) -> float | None:
+        return float(end - begin) if {begin, end} <= self._done else None
 
     def reached(self, mark: Mark) -> None:
         with self._lock:
             while mark is not None and mark not in self._done:
-                heads = [(name, of[0]) for name, of in self._waiting.items() if of and self._done.issuperset(of[0][2])]
+                free = {name: of for name, of in self._waiting.items() if of and name in self.only}
+                heads = [(name, of[0]) for name, of in free.items() if self._done.issuperset(of[0][2])]
                 name, (number, work, _) = self._random.choice(heads)
                 self._waiting[name].pop(0)
                 work()
@@ -111,10 +120,15 @@ def test_streamed_is_resident(places: tuple[Place, ...], seed: int) -> None:
     for step in range(1, 6):
         for weights in (ours, theirs):
             give_gradients(weights, step)
+        real = {name: weight.grad for name, weight in theirs.items()}
+        for name, weight in ours.items():  # the device has not made them yet
+            weight.grad = torch.full_like(real[name], torch.nan)
+            queues.run("model", partial(weight.grad.copy_, real[name]), ())
         scale = torch.tensor(0.0 if step == 3 else 0.5)
         before = {name: weight.detach().clone() for name, weight in ours.items()}
         optimizer.update(1e-2, scale)
         reference.update(1e-2, scale)
+        assert optimizer.seconds() is None if step == 1 else step % 2 or optimizer.seconds()
         assert queues.left and all(torch.equal(before[n], w) for n, w in ours.items()), "it is only begun"
         for i in range(len(UNITS)) if step % 2 else (4, 1):  # not all are asked for in every pass
             optimizer.ready(i)
@@ -210,6 +224,33 @@ def test_a_weight_without_gradient_is_named() -> None:
     weights["c"].grad = None
     with pytest.raises(ValueError, match="c has no gradient"):
         offloaded(EIGHT, weights, STREAMED, Inline()).update(1e-2, torch.tensor(1.0))
+    units = units_of(EIGHT, weights, KNOWN, 7, UNITS)
+    optimizer = Offloaded(units, STREAMED, Inline(), torch.device("cpu"), torch.float32)
+    for step in (1, 2):
+        for name in SHAPES if step == 1 else [name for name in SHAPES if name != "d"]:
+            optimizer.take(name, torch.ones(SHAPES[name]))
+        if step == 1:
+            optimizer.update(1e-2, torch.tensor(1.0))
+    with pytest.raises(ValueError, match="d has no gradient"):
+        optimizer.update(1e-2, torch.tensor(1.0))
+
+
+def test_the_weights_of_the_cpu_do_not_queue_behind_the_stream() -> None:
+    """The first layer's are there when nothing else has come in: its forward need not wait for the others' state."""
+    weights = weights_of(torch.bfloat16)
+    queues = Late(3)
+    optimizer = offloaded(HALVES, weights, ("cpu", "streamed", "cpu", "streamed", "streamed"), queues)
+    give_gradients(weights, 1)
+    optimizer.update(1e-2, torch.tensor(1.0))
+    queues.only = {"out", "send", "model"}
+    before = weights["embed"].detach().clone()
+    optimizer.ready(0)
+    assert not torch.equal(before, weights["embed"])
+
+
+def test_chance_begins_at_a_beta_of_099() -> None:
+    assert not Adamw8(rate=1.0).adam.stochastic
+    assert Adamw8(rate=1.0, betas=(0.9, 0.999)).adam.stochastic
 
 
 def test_the_split_follows_what_is_asked_for() -> None:
@@ -223,7 +264,8 @@ def test_the_split_follows_what_is_asked_for() -> None:
     assert split_for(Streamed(), eight, rates).code == "s" * 12
     assert split_for(Streamed(device_gb=2.01 * layer), eight, rates).code == "rr" + "s" * 10
     assert split_for(Streamed(device_gb=9.01 * layer), eight, rates).code == "r" * 12, "the window is not needed"
-    assert split_for(Interleaved(), halves, rates).code == "cs" * 6
+    assert split_for(Interleaved(pattern="stride"), halves, rates).code == "cs" * 6
+    assert set(split_for(Interleaved(), halves, rates).code) == {"c", "s"}
     assert set(split_for(Interleaved(pattern="optimum"), halves, rates).code) == {"c", "s"}
 
 
@@ -253,6 +295,7 @@ def trains(cuts: list[dict[str, Any]], folder: str, first: int, last: int, save:
             queues: Any = Late(seed) if seed else queues_of(mesh.device)
             places: tuple[Place, ...] = ("streamed", "resident", "streamed", "streamed")
             optimizer = Offloaded(units, places, queues, mesh.device, torch.float32 if away else None)
+            assert optimizer.units[1].adam.stochastic == (config.betas[1] >= 0.99)
             engine.gate(optimizer.ready)
             if away:
                 engine.give_away(optimizer.taken, optimizer.take)
@@ -278,6 +321,8 @@ def trains(cuts: list[dict[str, Any]], folder: str, first: int, last: int, save:
             if step == save:
                 assert saver.save(step, tensors | optimizer.state(), {"format": 1})
         told = engine.evaluate(batch_of(tokens)).item()
+        if seed:
+            assert queues.streams[-4:] == [2, 2, 2, 2], "both streams that gather weights wait for each unit's"
         state = {n: full(t).clone() for n, t in optimizer.state().items() if t.dtype != torch.int16}
         weights = {name: full(tensor).clone() for name, tensor in tensors.items()}
         found.append({"losses": losses, "told": told, "state": state, "weights": weights})
@@ -315,8 +360,8 @@ def test_training_with_streamed_state(ranks: Any, tmp_path: Path, cut: dict[str,
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("slow", ["in", "update", "out"])
-def test_gpu_streamed_is_resident(slow: Queue) -> None:
+@pytest.mark.parametrize("slow", ["in", "update", "out", "model"])
+def test_gpu_streamed_is_resident(slow: str) -> None:
     """With each queue held up in turn: whoever does not wait reads what is not there yet."""
     device = torch.device("cuda")
     queues: Any = queues_of(device)
@@ -337,9 +382,11 @@ def test_gpu_streamed_is_resident(slow: Queue) -> None:
     optimizer = Offloaded(units_of(EIGHT, ours, KNOWN, 7, UNITS), STREAMED, queues, device)
     reference = EIGHT.build(theirs, KNOWN, 7)
     for step in range(1, 5):
+        torch.cuda._sleep(20_000_000 if slow == "model" else 0)
         for name, weight in ours.items():
-            weight.grad = normal(torch.arange(weight.numel()), key(step, name)).view(weight.shape).to(device)
-            theirs[name].grad = weight.grad.clone()
+            real = normal(torch.arange(weight.numel()), key(step, name)).view(weight.shape).to(device)
+            weight.grad = real * 1.0  # made on the device, after the sleep
+            theirs[name].grad = real
         optimizer.update(1e-2, torch.tensor(0.5, device=device))
         reference.update(1e-2, torch.tensor(0.5, device=device))
         for weight in ours.values():
