@@ -102,7 +102,7 @@ child(); child(start_new_session=True)
 def log(n): return pathlib.Path(os.environ["FARSPAN_EXIT"]).parents[1] / "logs" / f"rank-{n}.log"
 print("ready")
 if rank == 1:
-    while not all("ready" in log(n).read_text() for n in (0, 2)): time.sleep(0.02)
+    while not all(log(n).exists() and "ready" in log(n).read_text() for n in (0, 2)): time.sleep(0.02)
     sys.exit(17)
 time.sleep(60)
 """,

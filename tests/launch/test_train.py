@@ -300,7 +300,7 @@ def same_curve(one_rank: OneRank, name: str) -> None:
         assert left and left == pytest.approx(right, rel=tolerance), key
 
 
-@pytest.mark.parametrize("axis", ["tp", "cp"])
+@pytest.mark.parametrize("axis", ["tp", pytest.param("cp", marks=pytest.mark.laws)])
 def test_stopped_across_ranks_and_gone_on_with_on_one(one_rank: OneRank, axis: str) -> None:
     """Layers or sequences spread over two ranks, and then on one: the losses and the text of one rank."""
     common = [f"name={axis}", "schedule.steps=8", *CHANGES]

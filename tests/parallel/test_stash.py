@@ -146,6 +146,7 @@ def test_gradients_are_the_same_bits(keep: float | None, lane: Plain) -> None:
         assert lane.said and lane.loaded() == lane.stored()
 
 
+@pytest.mark.laws
 def test_compiled_layers_are_stashed_alike() -> None:
     torch._dynamo.reset()
     late = Late()

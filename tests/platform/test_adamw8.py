@@ -84,8 +84,8 @@ def updates(cut: dict[str, Any], folder: str, first: int, last: int, save: int, 
 @pytest.mark.parametrize(
     ("world", "cut"),
     [
-        (2, {}),
         (2, {"tp": 2}),
+        pytest.param(2, {}, marks=pytest.mark.laws),
         pytest.param(8, {"tp": 2, "shard": 2}, marks=pytest.mark.laws),
         pytest.param(8, {}, marks=pytest.mark.laws),
         pytest.param(1, {}, marks=pytest.mark.laws),

@@ -344,7 +344,7 @@ def same(left: Any, right: Any) -> None:
         assert all(torch.equal(left[kind][name], tensor) for name, tensor in right[kind].items())
 
 
-@pytest.mark.parametrize("cut", [{}, {"tp": 2}], ids=["sharded", "tp"])
+@pytest.mark.parametrize("cut", [{}, pytest.param({"tp": 2}, marks=pytest.mark.laws)], ids=["sharded", "tp"])
 def test_training_with_streamed_state(ranks: Any, tmp_path: Path, cut: dict[str, Any]) -> None:
     """The same losses, weights and state bit for bit as with state on the device; stopped and resumed as well, and with
     gradients that leave the device during the backward."""
