@@ -44,7 +44,7 @@ from farspan.parallel.mesh import Mesh, Parallel
 from farspan.platform.optim import Adamw, Adamw8
 from farspan.platform.optim.cost import WINDOW
 from farspan.platform.optim.offload import Offloaded, split_for, units_of
-from farspan.platform.optim.placement import Interleaved, Split, Streamed
+from farspan.platform.optim.placement import PIECE, Interleaved, Split, Streamed
 from farspan.platform.optim.queues import Mark, Queue, Queues, queues_of
 from farspan.platform.optim.rates import Rates, measure
 
@@ -169,15 +169,18 @@ class Run:
         self.rates = measure(plan.device, lambda: None)
         self.units = units_of(config, weights, known, 0, self.engine.units)
         self.split = split_for(config.offload, self.units, self.rates)
-        if plan.kept is not None:
+        self.away = isinstance(config.offload, Streamed) and config.offload.gradients
+        if plan.kept is not None and not self.away:
             self._rehearse()
         queues = queues_of(plan.device) if queues is None else queues
-        self.optimizer = Offloaded(self.units, self.split.places, queues, plan.device)
+        self.optimizer = Offloaded(self.units, self.split.places, queues, plan.device, half if self.away else None)
         self.engine.gate(self.optimizer.ready)
+        if self.away:
+            self.engine.give_away(self.optimizer.taken, self.optimizer.take)
 
     def _rehearse(self) -> None:
         """A pass with the window's memory taken: what does not fit fails before minutes of locking host memory."""
-        window = WINDOW * max(unit.layout.size for unit in self.units)
+        window = WINDOW * min(PIECE, max(unit.layout.size for unit in self.units))
         taken = torch.empty(window, dtype=torch.uint8, device=self.device)
         self.without()
         settle(self.device)
@@ -227,7 +230,8 @@ class Run:
         if self.split is not None:
             for unit, place in zip(self.units, self.split.places, strict=True):
                 numel = sum(local(weight).numel() for weight in unit.weights.values())
-                down += {"resident": 0, "streamed": unit.layout.size, "cpu": 2 * numel}[place]
+                gradient = 2 * numel if self.away else 0
+                down += {"resident": 0, "streamed": unit.layout.size + gradient, "cpu": 2 * numel}[place]
                 up += {"resident": 0, "streamed": unit.layout.size, "cpu": 4 * numel}[place]
         return down, up
 
@@ -405,6 +409,7 @@ class Late:
     def __init__(self, queues: Queues, slow: Queue) -> None:
         self._queues, self._slow = queues, slow
         self.host, self.now, self.hold, self.reached = queues.host, queues.now, queues.hold, queues.reached
+        self.seconds, self.close = queues.seconds, queues.close
 
     def run(self, queue: Queue, work: Callable[[], object], after: Iterable[Mark], uses: Sequence[Tensor] = ()) -> Mark:
         def late() -> None:
@@ -479,7 +484,7 @@ def largest(parameters: float, plan: Plan) -> Row:
     tiny = plan.device.type == "cpu"
     model = MODELS["tiny"] if tiny else of_size(parameters)
     begun = time.perf_counter()
-    run = Run(model, Adamw8(rate=RATE, betas=BETAS, offload=Streamed()), plan)
+    run = Run(model, Adamw8(rate=RATE, betas=BETAS, offload=Streamed(gradients=True)), plan)
     block = model.blocks[0]
     made = f"{run.numel:,} parameters: {model.depth} layers of width {model.width}, {block.ffn}"
     print(f"{made}; ready after {time.perf_counter() - begun:.0f} s, host {host_gb():.1f} GB", flush=True)
