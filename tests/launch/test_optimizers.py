@@ -93,7 +93,7 @@ def of_rank(pid: int, rank: int, folder: Path) -> bool:
     [
         ("adamw8", ["optim.master=fp32"], "optim.master=fp32: keeps the weights on the device in fp32"),
         ("adamw8", ["optim.block=100"], "optim.block=100: must be a power of two from 32 to 1024"),
-        ("adamw8", ["optim.offload.device_gb=-1"], "optim.offload.device_gb=-1.0: must not be negative"),
+        ("adamw8", ["optim.offload.device_gb=-1"], "optim.offload.device_gb=-1.0: must be 0, which leaves all state"),
         ("adamw8", ["optim.offload.kind=interleaved"], "optim.offload.kind='interleaved'"),
         ("adamw8", ["optim.exact=[heads]"], "optim.exact"),
         (

@@ -216,7 +216,7 @@ def test_what_does_not_fit_is_told() -> None:
         split(sizes, decode("rsc"), SMALL, H100)
     with pytest.raises(ValueError, match=r"rates.cpu=0"):
         split(sizes, decode("rrrc"), SMALL, replace(H100, cpu=0.0))
-    with pytest.raises(ValueError, match="choose anew"):
+    with pytest.raises(ValueError, match="must be a word of r, s and c"):
         decode("rsx")
     with pytest.raises(ValueError, match="must be positive"):
         replace(SMALL, down=0.0)
