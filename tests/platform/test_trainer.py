@@ -210,7 +210,9 @@ def curves(folder: str, corpus: str, cp: int, contexts: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("cp", "contexts"), [(2, list(CONTEXTS)), (4, ["grid", "token_ring", "ulysses"])], ids=["cp=2", "cp=4"]
+    ("cp", "contexts"),
+    [(2, list(CONTEXTS)), pytest.param(4, ["grid", "token_ring", "ulysses"], marks=pytest.mark.laws)],
+    ids=["cp=2", "cp=4"],
 )
 def test_every_context_schedule_gives_one_ranks_curve(
     ranks: Any, straight: Straight, tmp_path: Path, cp: int, contexts: list[str]
