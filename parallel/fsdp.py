@@ -1,6 +1,6 @@
 """Fully sharded weights: each layer is one unit, gathered when it runs and cut again afterwards."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -65,11 +65,15 @@ def offset(tensor: torch.Tensor) -> tuple[int, ...]:
     return tuple(compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)[1])
 
 
+def in_blocks(shape: Sequence[int], block: int) -> tuple[int, ...]:
+    """The shape of a tensor with one element for every `block` of the last axis."""
+    return (*shape[:-1], shape[-1] // block) if block > 1 else tuple(shape)
+
+
 def beside(weight: torch.Tensor, dtype: torch.dtype, block: int = 1) -> torch.Tensor:
     """Zeros cut like a weight; of `block` as `around` has it."""
     mine = local(weight)
-    shape = (*mine.shape[:-1], mine.shape[-1] // block) if block > 1 else mine.shape
-    return around(weight, torch.zeros(shape, dtype=dtype, device=mine.device), block)
+    return around(weight, torch.zeros(in_blocks(mine.shape, block), dtype=dtype, device=mine.device), block)
 
 
 def around(weight: torch.Tensor, mine: torch.Tensor, block: int = 1) -> torch.Tensor:
@@ -77,7 +81,7 @@ def around(weight: torch.Tensor, mine: torch.Tensor, block: int = 1) -> torch.Te
     of the weight's last axis; the block divides that axis on every rank."""
     if not isinstance(weight, DTensor):
         return mine
-    shape = torch.Size((*weight.shape[:-1], weight.shape[-1] // block)) if block > 1 else weight.shape
+    shape = torch.Size(in_blocks(weight.shape, block))
     strides = tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
     like = mine.to("meta")  # a mesh of GPUs would take a copy of what lies on the host
     spec = DTensor.from_local(

@@ -13,7 +13,7 @@ from farspan.platform.config import kind
 from farspan.platform.data import Data, Mixture
 from farspan.platform.metrics import Metrics
 from farspan.platform.optim import Adamw, Adamw8, Optim
-from farspan.platform.optim.placement import Streamed
+from farspan.platform.optim.placement import Interleaved, Streamed
 from farspan.platform.schedule import Schedule
 
 
@@ -140,10 +140,15 @@ class Job:
         if not self.name or self.name.startswith(".") or any(c in self.name for c in (os.sep, "\0", " ", "\n")):
             raise ValueError(f"name={self.name!r}: must be usable as a folder's name, without / or spaces")
 
+    @property
+    def offload(self) -> Streamed | Interleaved | None:
+        """Where the optimizer's state lives; None: on the device."""
+        return self.optim.offload if isinstance(self.optim, Adamw | Adamw8) else None
+
     def gathering(self, sizes: Sizes) -> Gather:
         """How long gathered weights stay: whoever offloads state has no room for a second copy of all weights."""
-        offloads = isinstance(self.optim, Adamw | Adamw8) and self.optim.offload is not None
-        return "layer" if offloads and self.parallel.gather == "auto" else self.parallel.gathering(sizes)
+        offloads = self.offload is not None and self.parallel.gather == "auto"
+        return "layer" if offloads else self.parallel.gathering(sizes)
 
     def problems(self, world: int) -> list[str]:
         """What keeps the sections from fitting each other on `world` ranks."""
@@ -186,8 +191,7 @@ class Job:
 
     def _gradient_problems(self, world: int) -> list[str]:
         """What keeps gradients from waiting in host memory."""
-        offload = self.optim.offload if isinstance(self.optim, Adamw | Adamw8) else None
-        if not (isinstance(offload, Streamed) and offload.gradients) or self.parallel.problems(world):
+        if not (isinstance(self.offload, Streamed) and self.offload.gradients) or self.parallel.problems(world):
             return []
         found, place = [], "optim.offload.gradients=True"
         rows = self.train.batch // self.parallel.sizes(world).dp
@@ -207,7 +211,7 @@ class Job:
             f"{zero}: DeepSpeed is not installed; pip install 'farspan[deepspeed]'": find_spec("deepspeed") is None,
             f"optim.kind={optim}: {zero} steps adamw only; set that": not isinstance(self.optim, Adamw),
             "optim.offload: is fsdp's; parallel.engine.offload is that of DeepSpeed": isinstance(self.optim, Adamw)
-            and self.optim.offload is not None,
+            and self.offload is not None,
             f"train.compile=True: {zero} runs layers as they are; set it to false": train.compile,
             f"train.recompute={train.recompute}: {zero} keeps activations on the device; set selective": train.stashed,
         }

@@ -11,7 +11,6 @@ from farspan.parallel.mesh import Sizes, Zero
 from farspan.parallel.stash import LAST, LEAST
 from farspan.platform.config import kind
 from farspan.platform.job import Job
-from farspan.platform.optim import Adamw, Adamw8
 from farspan.platform.optim.cost import WINDOW
 from farspan.platform.optim.placement import PIECE, Interleaved, Streamed, in_front
 from farspan.platform.trainer import compute_type, held_types
@@ -141,7 +140,7 @@ def _states(job: Job, whole: DecoderModel, held: DecoderModel, sizes: Sizes) -> 
 
 def _under_offload(job: Job, memory: Memory, states: list[int]) -> Memory:
     """With the optimizer's state where it is to live."""
-    offload = job.optim.offload if isinstance(job.optim, Adamw | Adamw8) else None
+    offload = job.offload
     if offload is None:
         return replace(memory, optimizer=sum(states))
     largest = max(states)

@@ -14,10 +14,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-from farspan.platform.checkpoint import LATEST, MANIFEST, Hashed, folder_of, replace
-
-FILE_BYTES = 1 << 30
-"""A file is begun anew when it has so many; a larger weight has a file of its own."""
+from farspan.platform.checkpoint import FILE, LATEST, MANIFEST, Hashed, folder_of, replace
 
 
 class Stored(Mapping[str, Tensor]):
@@ -86,7 +83,7 @@ def _batches(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor
     """What goes into one file."""
     batch: dict[str, Tensor] = {}
     for name, tensor in tensors:
-        if batch and sum(each.nbytes for each in batch.values()) + tensor.nbytes > FILE_BYTES:
+        if batch and sum(each.nbytes for each in batch.values()) + tensor.nbytes > FILE:
             yield batch
             batch = {}
         batch[name] = tensor.contiguous()

@@ -11,6 +11,7 @@ from torch import Tensor
 from farspan.kernels.codes8 import decode, encode
 from farspan.kernels.master import RESIDUALS, Master, split, whole
 from farspan.models.roles import Role
+from farspan.parallel.fsdp import in_blocks
 from farspan.platform.optim.adamw import Adamw
 from farspan.platform.optim.adamw8 import Adamw8, kinds
 from farspan.platform.optim.imported import Imported
@@ -50,7 +51,7 @@ class Form:
         """The tensors of a weight of this shape, unwritten: `weight`, and the state's by its own names."""
         made = {"weight": torch.empty(shape, dtype=self.weight_type)}
         for of, (dtype, each) in kinds(self.block, self.master).items():
-            made[of] = torch.empty((*shape[:-1], shape[-1] // each) if each > 1 else shape, dtype=dtype)
+            made[of] = torch.empty(in_blocks(shape, each), dtype=dtype)
         return made
 
 

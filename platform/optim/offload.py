@@ -49,7 +49,7 @@ class Offloaded:
     ) -> None:
         """units: in the order of the forward pass; places: of the state of each. gradients: the type of those of
         streamed units, which `take` is given in the backward; None: they are the weights' `.grad`."""
-        self.units, self.places, self._queues, self._adam = units, tuple(places), queues, units[0].adam
+        self.units, self._queues, self._adam = units, queues, units[0].adam
         self.steps = torch.zeros((), dtype=torch.float64, device=device)
         self._thread = ThreadPoolExecutor(1, "optimizer")
         self._span: list[Mark] = []

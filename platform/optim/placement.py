@@ -29,8 +29,7 @@ class Streamed:
 
     device_gb: float = 0.0
     """Gigabytes of device memory for state that never leaves it: that of the layers which come first in the forward
-    pass, whose updates nothing hides. The stream's window comes on top, three times the largest layer's state."""
-
+    pass, whose updates nothing hides. The stream's window comes on top, three pieces of 256 MB."""
     gradients: bool = False
     """Gradients go to host memory as soon as the backward has them, and come back with the state. Needs a single
     micro-batch a step: several add up on the device."""

@@ -12,7 +12,7 @@ from farspan.kernels.adamw8 import Part, Update
 from farspan.kernels.master import split, whole
 from farspan.kernels.random import key
 from farspan.models.roles import Role
-from farspan.parallel.fsdp import around, local
+from farspan.parallel.fsdp import around, in_blocks, local
 from farspan.platform.optim.adamw8 import Adamw8, check, kinds, part
 from farspan.platform.optim.cost import WINDOW
 from farspan.platform.optim.placement import PIECE
@@ -72,11 +72,15 @@ class Unit:
             for of, (_, block) in tensors.items()
         }
 
-    def gradients(self) -> dict[str, Tensor]:
-        """Those on the device. ValueError: one is missing."""
-        missing = [name for name, weight in self.weights.items() if weight.grad is None and local(weight).numel()]
+    def require(self, given: set[str]) -> None:
+        """ValueError: a weight's gradient was not given."""
+        missing = [name for name, weight in self.weights.items() if name not in given and local(weight).numel()]
         if missing:
             raise ValueError(f"optim.offload: {missing[0]} has no gradient: every weight must take part in every step")
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Those on the device. ValueError: one is missing."""
+        self.require({name for name, weight in self.weights.items() if weight.grad is not None})
         return {
             name: torch.empty_like(local(weight)) if weight.grad is None else local(weight.grad)
             for name, weight in self.weights.items()
@@ -84,8 +88,12 @@ class Unit:
 
 
 def _part_like(weight: Tensor, dtype: torch.dtype, block: int) -> Tensor:
-    shape = local(weight).shape
-    return torch.empty((*shape[:-1], shape[-1] // block) if block > 1 else shape, dtype=dtype, device="meta")
+    return torch.empty(in_blocks(local(weight).shape, block), dtype=dtype, device="meta")
+
+
+def _in_host(queues: Queues, layout: Layout) -> dict[str, Tensor]:
+    """Zeros in host memory, in one piece."""
+    return layout.views(queues.host(layout.size).zero_())
 
 
 class Store(Protocol):
@@ -215,12 +223,11 @@ class Stream:
     def __init__(self, unit: Unit, queues: Queues, gradients: torch.dtype | None) -> None:
         """gradients: the type of those that wait in host memory as well; None: they stay on the device."""
         self._unit, self._queues = unit, queues
-        self.tensors = unit.layout.views(queues.host(unit.layout.size).zero_())
+        self.tensors = _in_host(queues, unit.layout)
         self._gradients: dict[str, Tensor] = {}
         if gradients is not None:
             like = {name: _part_like(weight, gradients, 1) for name, weight in unit.weights.items()}
-            layout = Layout.of(like)
-            self._gradients = layout.views(queues.host(layout.size).zero_())
+            self._gradients = _in_host(queues, Layout.of(like))
         self.pieces = [Piece(unit, spans, self.tensors, self._gradients) for spans in unit.spans(PIECE)]
         self._taken: Mark = None
         self._given: Mark = None
@@ -235,11 +242,11 @@ class Stream:
         return self._taken
 
     def update(self, numbers: Tensor, rate: float, begin: Mark) -> Callable[[], Mark]:
-        gradients = {} if self._gradients else self._unit.gradients()
-        if stale := [
-            name for name, gradient in self._gradients.items() if gradient.numel() and name not in self._fresh
-        ]:
-            raise ValueError(f"optim.offload: {stale[0]} has no gradient: every weight must take part in every step")
+        gradients: dict[str, Tensor] = {}
+        if self._gradients:
+            self._unit.require(self._fresh)
+        else:
+            gradients = self._unit.gradients()
         self._fresh = set()
         done = begin
         for piece in self.pieces:  # one after the other: the last one's end is the unit's
@@ -261,7 +268,7 @@ class Cores:
 
     def __init__(self, unit: Unit, queues: Queues, thread: ThreadPoolExecutor) -> None:
         self._unit, self._queues, self._thread, self._adam = unit, queues, thread, unit.adam
-        self.tensors = unit.layout.views(queues.host(unit.layout.size).zero_())
+        self.tensors = _in_host(queues, unit.layout)
         self._parts = unit.parts(self.tensors)
         self._weights = [local(weight.detach()) for weight in unit.weights.values()]
         self._masters, self._gradients = (self._like(torch.float32) for _ in range(2))
@@ -272,8 +279,7 @@ class Cores:
     def _like(self, dtype: torch.dtype) -> list[Tensor]:
         """Host memory like the weights."""
         like = {str(i): torch.empty_like(w, dtype=dtype, device="meta") for i, w in enumerate(self._weights)}
-        layout = Layout.of(like)
-        return list(layout.views(self._queues.host(layout.size).zero_()).values())
+        return list(_in_host(self._queues, Layout.of(like)).values())
 
     def update(self, numbers: Tensor, rate: float, begin: Mark) -> Callable[[], Mark]:
         gradients = list(self._unit.gradients().values())

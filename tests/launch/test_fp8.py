@@ -1,14 +1,12 @@
 """Layers in eight bits, through `launch` from file to checkpoint."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from launching import numbers
 
 from farspan.launch import cli
-from farspan.platform import metrics
 
 CONFIG = Path(__file__).parents[2] / "configs" / "fp8.yaml"
 SMALL = ["data.paths=[corpus]", "data.sequence_length=48", "data.cache=cache", "data.held_out=0.2", "train.steps=4"]
@@ -17,12 +15,7 @@ PLAIN = [f"model.blocks.{i}.linear={{kind: plain}}" for i in range(3)]
 
 
 def lines(folder: Path, *overrides: str) -> list[tuple[float, ...]]:
-    """Step, loss, norm of the gradient and held-out loss."""
-    command = [sys.executable, "-m", "farspan.launch.cli", "train", "--config", str(CONFIG), *SMALL, *overrides]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout + done.stderr
-    read = metrics.read(folder / "runs" / overrides[0].removeprefix("name="))
-    return [tuple(line.get(key) for key in ("step", "loss", "grad_norm", "eval_loss")) for line in read]
+    return numbers(CONFIG, folder, *SMALL, *overrides)
 
 
 def test_trains_from_file_to_checkpoint(corpus: Path) -> None:

@@ -1,13 +1,11 @@
 """Activations in host memory, through `launch` from file to checkpoint."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from launching import numbers
 
 from farspan.launch import cli
-from farspan.platform import metrics
 
 CONFIG = Path(__file__).parents[2] / "configs" / "offload_activations.yaml"
 SMALL = ["data.paths=[corpus]", "data.cache=cache", "data.held_out=0.2", "train.steps=3", "schedule.warmup=1"]
@@ -15,11 +13,7 @@ SMALL += ["train.evaluate={every: 3, rows: 2}", "checkpoint.every=null"]
 
 
 def losses(folder: Path, *overrides: str) -> list[tuple[float, ...]]:
-    command = [sys.executable, "-m", "farspan.launch.cli", "train", "--config", str(CONFIG), *SMALL, *overrides]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout + done.stderr
-    lines = metrics.read(folder / "runs" / overrides[0].removeprefix("name="))
-    return [tuple(line.get(key) for key in ("step", "loss", "grad_norm", "eval_loss")) for line in lines]
+    return numbers(CONFIG, folder, *SMALL, *overrides)
 
 
 def test_trains_from_file_to_checkpoint(corpus: Path) -> None:

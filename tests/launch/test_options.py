@@ -1,14 +1,12 @@
 """The model's options and selective recomputation, through `launch` from file to checkpoint."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from launching import numbers
 
 from farspan.launch import cli
-from farspan.platform import metrics
 
 CONFIG = Path(__file__).parents[2] / "configs" / "options.yaml"
 SMALL = ["data.paths=[corpus]", "data.sequence_length=48", "data.cache=cache", "data.held_out=0.2", "train.steps=4"]
@@ -16,11 +14,7 @@ SMALL += ["train.batch=4", "train.evaluate={every: 2, rows: 2}", "schedule.warmu
 
 
 def losses(folder: Path, *overrides: str) -> list[tuple[float, ...]]:
-    command = [sys.executable, "-m", "farspan.launch.cli", "train", "--config", str(CONFIG), *SMALL, *overrides]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout + done.stderr
-    lines = metrics.read(folder / "runs" / overrides[0].removeprefix("name="))
-    return [tuple(line.get(key) for key in ("step", "loss", "grad_norm", "eval_loss")) for line in lines]
+    return numbers(CONFIG, folder, *SMALL, *overrides)
 
 
 def test_trains_from_file_to_checkpoint(corpus: Path) -> None:

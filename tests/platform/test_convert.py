@@ -165,7 +165,7 @@ def test_moments_from_elsewhere_take_the_place_of_the_states() -> None:
 def test_stored_and_read_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint like any other, in as many files as it takes."""
     state = turned(trained(), FP32, CODED)
-    monkeypatch.setattr(stored, "FILE_BYTES", 40_000)
+    monkeypatch.setattr(stored, "FILE", 40_000)
     store(tmp_path, 12, iter(state.items()), {"format": 1, "note": "kept"})
     folder = folder_of(tmp_path, 12)
     assert verify(folder) == [] and latest(tmp_path) == 12
