@@ -349,6 +349,12 @@ def _part(shape: tuple[int, ...], master: Master, block: int, number: int, devic
     return Part(held, *moments, place, key(3, number), len(shape) > 1, residual, *scales)
 
 
+def in_line(state: Tensor, signed: bool) -> Tensor:
+    """Signed codes as numbers that grow with what they stand for, of which two stand for zero; all else as it is."""
+    state = state.double()
+    return torch.where(state > 127, 128 - state, state) if signed else state
+
+
 def _apart(parts: list[Part], twins: list[Part], adam: adamw8.Adam, device: torch.device) -> Row:
     """The worst over three steps, each from where the twin has come to."""
     update, steps = Update(parts, adam), torch.zeros((), dtype=torch.float64, device=device)
@@ -360,7 +366,8 @@ def _apart(parts: list[Part], twins: list[Part], adam: adamw8.Adam, device: torc
         for p, twin, gradient in zip(parts, twins, gradients, strict=True):
             update_ref(twin, gradient, numbers, adam)
             for name in ("first", "second"):
-                codes = (getattr(p, name).double() - getattr(twin, name).double()).abs()
+                a, b = (in_line(getattr(of, name), p.block > 0 and name == "first") for of in (p, twin))
+                codes = (a - b).abs()
                 codes = codes if p.block else (codes > 1e-8 + 1e-5 * getattr(twin, name).abs()) * 2.0  # fp32: close
                 found["codes apart"] = max(found["codes apart"], int(codes.max()))
                 found["of codes"] = max(found["of codes"], float((codes > 0).double().mean()))

@@ -19,7 +19,7 @@ from torch import Tensor
 from farspan.kernels import codes8
 from farspan.kernels.define import triton_runs
 from farspan.kernels.master import RESIDUALS, Master, draws, join, rest, rounded, split, whole
-from farspan.kernels.random import keyed_bits, step_bits, step_keys
+from farspan.kernels.random import keyed_bits, keyed_bits_from, step_bits, step_keys
 
 TILE = 2048
 """Elements that a program updates at once: 16 a thread, one 128-bit load of codes."""
@@ -264,6 +264,12 @@ def _pointer(p_table, kind: tl.constexpr, aligned: tl.constexpr):  # type: ignor
 
 
 @triton.jit
+def _spread(x, span: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Each entry span times."""
+    return tl.reshape(tl.broadcast_to(x[:, None], (x.shape[0], span)), (x.shape[0] * span,))
+
+
+@triton.jit
 def _update(  # type: ignore[no-untyped-def]
     p_table,
     p_chunks,
@@ -305,15 +311,15 @@ def _update(  # type: ignore[no-untyped-def]
     kept: tl.constexpr = master == "residual8" or master == "residual16"
     drawn: tl.constexpr = master == "residual8" or master == "none"
     span: tl.constexpr = block if block else 256
-    lines = tl.arange(0, tile // span)[:, None]
-    within = tl.arange(0, span)[None, :]
+    lines: tl.constexpr = tile // span
     if stochastic or drawn:
         before, after = step_keys(tl.load(row + 8), tl.load(row + 9), step)
         origin = tl.load(row + 10)
     for i in range(turns):
         start = (turn.to(tl.int64) * turns + i) * tile
-        at = start + lines * span + within
-        live = (start + lines * span < size) if block else (at < size)
+        at = tl.max_contiguous(start + tl.arange(0, tile), 8)  # alike for all types: else tiles change their layout
+        line = start // span + tl.arange(0, lines)
+        live, whole = at < size, line * span < size
         gradient = tl.load(p_gradient + at, live, 0.0).to(tl.float32)
         weight = tl.load(p_weight + at, live, 0.0)
         held = 0
@@ -321,41 +327,40 @@ def _update(  # type: ignore[no-untyped-def]
             held = tl.load(p_residual + at, live, 0)
         first, second = tl.load(p_first + at, live, 0), tl.load(p_second + at, live, 0)
         if block:
-            p_scale = start // span + lines
-            first_scale = tl.load(p_first_scales + p_scale, live, 0.0)
-            second_scale = tl.load(p_second_scales + p_scale, live, 0.0)
+            first_scale = tl.load(p_first_scales + line, whole, 0.0)
+            second_scale = tl.load(p_second_scales + line, whole, 0.0)
             first, second = codes8.meaning(first, p_tables, True), codes8.meaning(second, p_tables, False)
-            first = first * (first_scale * beta1) + gradient * first_share
-            second = second * (second_scale * beta2) + gradient * gradient * second_share
+            first = first * _spread(first_scale * beta1, span) + gradient * first_share
+            second = second * _spread(second_scale * beta2, span) + gradient * gradient * second_share
         else:
             first = first * beta1 + gradient * first_share
             second = second * beta2 + gradient * gradient * second_share
         wanted = join(weight, held, master) * keep
-        wanted -= rate * first / (tl.sqrt(second) * root + eps)
-        random = tl.zeros((1, 1), tl.uint32)
+        slowness = tl.sqrt(second) * root + eps
+        wanted -= rate * first * tl.rsqrt(slowness * slowness)  # a quotient takes six instructions more
+        random = tl.zeros((1,), tl.uint32)
         if stochastic or drawn:
-            index = origin + at
             if cut:
                 width, rows = tl.load(row + 11), tl.load(row + 12)
                 planes, steps = tl.load(row + 13), tl.load(row + 14)
-                first_of = (start + lines * span) if block else at  # a block of codes lies in one row
-                line = (first_of // width).to(tl.int32)
-                plane = line // rows.to(tl.int32)
-                base = plane * planes + (line - plane * rows.to(tl.int32)) * steps - line.to(tl.int64) * width
-                index = base + origin + at
-            random = keyed_bits(index, before, after)
+                of = ((line * span if block else at) // width).to(tl.int32)  # a block of codes lies in one row
+                plane = of // rows.to(tl.int32)
+                base = plane * planes + (of - plane * rows.to(tl.int32)) * steps - of.to(tl.int64) * width
+                index = (_spread(base, span) if block else base) + origin + at
+                random = keyed_bits(index.to(tl.uint32), (index >> 32).to(tl.uint32), before, after)
+            else:
+                random = keyed_bits_from(origin + start, tile, before, after)
         stored = rounded(wanted, random, master)
         if kept:
             tl.store(p_residual + at, rest(wanted, stored, random, master).to(p_residual.dtype.element_ty), live)
         tl.store(p_weight + at, stored.to(p_weight.dtype.element_ty), live)
         if block:
-            largest = tl.maximum(tl.max(tl.abs(first), 1, keep_dims=True), codes8.TINY)
-            highest = tl.maximum(tl.max(second, 1, keep_dims=True), codes8.TINY)
-            tl.store(p_first_scales + p_scale, largest, live)
-            tl.store(p_second_scales + p_scale, highest, live)
-            code = codes8.nearest(tl.abs(first) * (1 / largest), p_tables, True)
-            first = code + tl.where(first < 0, 128, 0)
-            y = second * (1 / highest)
-            second = codes8.between(y, random, p_tables) if stochastic else codes8.nearest(y, p_tables, False)
+            largest = tl.maximum(tl.max(tl.reshape(tl.abs(first), (lines, span)), 1), codes8.TINY)
+            highest = tl.maximum(tl.max(tl.reshape(second, (lines, span)), 1), codes8.TINY)
+            tl.store(p_first_scales + line, largest, whole)
+            tl.store(p_second_scales + line, highest, whole)
+            first = codes8.signed_nearest(first, _spread(1 / largest, span), p_tables)
+            y = second * _spread(1 / highest, span)
+            second = codes8.between(y, random, p_tables) if stochastic else codes8.nearest(y, p_tables)
         tl.store(p_first + at, first.to(p_first.dtype.element_ty), live)
         tl.store(p_second + at, second.to(p_second.dtype.element_ty), live)

@@ -19,8 +19,14 @@ TINY = tl.constexpr(1e-30)
 
 _UP = tl.constexpr(12582912.0)
 """1.5 · 2²³: added to a small number, it leaves the nearest integer in the low bits."""
-_HALF = tl.constexpr(0.499)
-"""Below a half, so that a block's maximum, whose place is a whole number, rounds up."""
+_SIGNED, _UNSIGNED = tl.constexpr(0.499), tl.constexpr(1.499)
+"""Where the lines of codes begin below their cells' numbers. Less than a half, so that a block's maximum, whose place
+is a whole number, rounds up; unsigned codes count from 0 as cells do."""
+# Of `between`, whose lines all begin a thousandth too high, as `_UNSIGNED` has it: what they have in common with
+# `nearest` is then one line.
+_BEFORE = tl.constexpr(1.499 / 2)
+_GAP = tl.constexpr(0.499 * 11 / 6 + 0.001)
+_GAP_BEFORE = tl.constexpr(0.2505 * 11 / 6 - 0.001)
 _CELLS = tl.constexpr(512)
 """Where the cells begin in `tables`: behind what signed and unsigned codes stand for."""
 
@@ -40,14 +46,15 @@ def _cells(signed: bool) -> list[float]:
     """For numbers y of each binary exponent (as fp32 stores it, 0..127) the line on which codes grow with y.
 
     In a decade of n cells y lies n/0.9 · 10^(6−d) y + 8/9 n above the decade's first number less n. Given are the
-    slopes and then the 8/9 n of the decade in which the largest y of an exponent is. Where an exponent holds the end of
-    a decade, some y are of the one before, where codes grow five times as fast: lines only ever bend down, so the lower
-    one holds.
+    slopes and then where the lines begin, 8/9 n less `_SIGNED` or `_UNSIGNED`, of the decade in which the largest y of
+    an exponent is. Where an exponent holds the end of a decade, some y are of the one before, where codes grow five
+    times as fast: lines only ever bend down, so the lower one holds.
     """
+    below = (_SIGNED if signed else _UNSIGNED).value
     highest = [2.0 ** (exponent - 126) for exponent in range(127)] + [1.0]
     decades = [next(d for d in range(7) if 10.0 ** (d - 6) >= y or d == 6) for y in highest]
     cells = [2.0**d if signed else 2.0 ** (d + 1) for d in decades]
-    return [n / 0.9 * 10.0 ** (6 - d) for n, d in zip(cells, decades, strict=True)] + [n * 8 / 9 for n in cells]
+    return [n / 0.9 * 10.0 ** (6 - d) for n, d in zip(cells, decades, strict=True)] + [n * 8 / 9 - below for n in cells]
 
 
 @cache
@@ -81,17 +88,17 @@ def encode(x: Tensor, block: int, *, signed: bool, random: Tensor | None = None)
 
 
 def _line(y: Tensor, signed: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Of `_cells`: slope, slope times y, and 8/9 n."""
+    """Of `_cells`: the slope, where the line begins, and where it is at y."""
     at = (y.view(torch.int32) >> 23) + (_CELLS.value if signed else _CELLS.value + 256)
-    slope = tables(y.device)[at]
-    return slope, slope * y, tables(y.device)[at + 128]
+    slope, begin = tables(y.device)[at], tables(y.device)[at + 128]
+    return slope, begin, slope * y + begin
 
 
 def place_of(y: Tensor, *, signed: bool) -> Tensor:
     """The code of y in [0, 1] as a real number, of which the nearest integer is the cell that y is in."""
-    _, here, first = _line(y, signed)
-    place = torch.minimum(here + first, 5 * here + first / 2) - (_HALF.value if signed else 1 + _HALF.value)
-    return place.clamp(min=0.0)
+    _, begin, here = _line(y, signed)
+    before = 5 * here - (4.5 * begin + (_SIGNED if signed else _UNSIGNED).value / 2)
+    return torch.minimum(here, before).clamp(min=0.0)
 
 
 def between_codes(y: Tensor) -> Tensor:
@@ -100,10 +107,11 @@ def between_codes(y: Tensor) -> Tensor:
     Middles of cells lie on a line within a decade, and between two decades on another, of a third of the former's
     slope; the lowest of all lines holds, but for the last step, from the last middle to 1.
     """
-    slope, here, first = _line(y, False)
-    lines = torch.minimum(here + (first - 1.5), 5 * here + (first / 2 - 1.5))
-    gaps = torch.minimum(here / 3 + (first - 1) * (11 / 6), here * (5 / 3) + (first / 2 - 1) * (11 / 6))
-    return torch.maximum(torch.minimum(lines, gaps), 2 * here + (255 - 2 * slope)).clamp(min=0.0)
+    slope, begin, here = _line(y, False)
+    lines = torch.minimum(here, 5 * here - (4.5 * begin + _BEFORE.value))
+    gaps = torch.minimum(here / 3 + (1.5 * begin + _GAP.value), here * (5 / 3) - (0.75 * begin + _GAP_BEFORE.value))
+    last = 2 * (here - (begin + slope)) + 255.001
+    return (torch.maximum(torch.minimum(lines, gaps), last) - 0.001).clamp(min=0.0)
 
 
 @triton.jit
@@ -113,25 +121,35 @@ def meaning(code, p_tables, SIGNED: tl.constexpr):  # type: ignore[no-untyped-de
 
 
 @triton.jit
-def nearest(y, p_tables, SIGNED: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201, N803
-    """The code of the cell that y in [0, 1] is in, int32: `place_of`, rounded."""
+def _line_at(y, p_tables, SIGNED: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202, N803
     at = p_tables + (y.to(tl.int32, bitcast=True) >> 23) + (_CELLS if SIGNED else _CELLS + 256)
-    here, first = tl.load(at) * y, tl.load(at + 128)
-    if SIGNED:
-        place = tl.minimum(tl.minimum(here + (first - _HALF), 5 * here + (first * 0.5 - _HALF)), 127.0)
-    else:
-        place = tl.maximum(tl.minimum(here + (first - (1 + _HALF)), 5 * here + (first * 0.5 - (1 + _HALF))), 0.0)
+    slope, begin = tl.load(at), tl.load(at + 128)
+    return slope, begin, slope * y + begin
+
+
+@triton.jit
+def nearest(y, p_tables):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+    """The unsigned code of the cell that y in [0, 1] is in, int32: `place_of`, rounded."""
+    _, begin, here = _line_at(y, p_tables, False)
+    place = tl.maximum(tl.minimum(here, 5 * here - (4.5 * begin + _UNSIGNED / 2)), 0.0)
     return (place + _UP).to(tl.int32, bitcast=True) & 0xFF
+
+
+@triton.jit
+def signed_nearest(x, reciprocal, p_tables):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+    """The signed code of x · reciprocal in [-1, 1], int32."""
+    _, begin, here = _line_at(tl.abs(x) * reciprocal, p_tables, True)
+    place = tl.minimum(tl.minimum(here, 5 * here - (4.5 * begin + _SIGNED / 2)), 127.0)
+    sign = (x.to(tl.int32, bitcast=True) >> 24) & 0x80
+    return (place + _UP).to(tl.int32, bitcast=True) & 0x7F | sign
 
 
 @triton.jit
 def between(y, random, p_tables):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
     """One of the two unsigned codes next to y in [0, 1], by the low 16 bits of random (uint32): `between_codes`."""
-    at = p_tables + (y.to(tl.int32, bitcast=True) >> 23) + (_CELLS + 256)
-    slope, first = tl.load(at), tl.load(at + 128)
-    here = slope * y
-    lines = tl.minimum(here + (first - 1.5), 5 * here + (first * 0.5 - 1.5))
-    gaps = tl.minimum(here * (1 / 3) + (first - 1) * (11 / 6), here * (5 / 3) + (first * 0.5 - 1) * (11 / 6))
-    place = tl.maximum(tl.maximum(tl.minimum(lines, gaps), 2 * here + (255 - 2 * slope)), 0.0)
+    slope, begin, here = _line_at(y, p_tables, False)
+    lines = tl.minimum(here, 5 * here - (4.5 * begin + _BEFORE))
+    gaps = tl.minimum(here * (1 / 3) + (1.5 * begin + _GAP), here * (5 / 3) - (0.75 * begin + _GAP_BEFORE))
+    place = tl.maximum(tl.maximum(tl.minimum(lines, gaps), 2 * (here - (begin + slope)) + 255.001), 0.001)
     drawn = ((random & 0xFFFF).to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True)  # 2²³ + 16 random bits
-    return (tl.minimum(place + (drawn * 2.0**-16 - 128.5), 255.0) + _UP).to(tl.int32, bitcast=True) & 0xFF
+    return (tl.minimum(place + (drawn * 2.0**-16 - 128.501), 255.0) + _UP).to(tl.int32, bitcast=True) & 0xFF

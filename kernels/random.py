@@ -57,11 +57,24 @@ def step_keys(low, high, step):  # type: ignore[no-untyped-def]  # noqa: ANN001,
 
 
 @triton.jit
-def keyed_bits(index, before, after):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
-    """`step_bits` of an int64 index, uint32, by the words of `step_keys`."""
-    low, high = index.to(tl.uint32), (index >> 32).to(tl.uint32)
+def keyed_bits(low, high, before, after):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+    """`step_bits` of an index, uint32, by its low and high half, uint32, and the words of `step_keys`."""
+    return _keyed(low, before, after + high * 0x9E3779B9)
+
+
+@triton.jit
+def keyed_bits_from(first, count: tl.constexpr, before, after):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+    """`step_bits` of as many indices from `first`, an int64, on: among so few the high half grows at most once."""
+    start, high = first.to(tl.uint32), (first >> 32).to(tl.uint32)
+    low = start + tl.arange(0, count).to(tl.uint32)
+    here, beyond = after + high * 0x9E3779B9, after + (high + 1) * 0x9E3779B9
+    return _keyed(low, before, tl.where(low < start, beyond, here))
+
+
+@triton.jit
+def _keyed(low, before, after):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
     x = low ^ before
-    x = (x ^ (x >> 16)) * 0x7FEB352D + (after + high * 0x9E3779B9)
+    x = (x ^ (x >> 16)) * 0x7FEB352D + after
     x = (x ^ (x >> 15)) * 0x846CA68B
     return x ^ (x >> 16)
 

@@ -115,9 +115,11 @@ def activation(x, kind: tl.constexpr):  # type: ignore[no-untyped-def]
         # fp32 long before |x| = 16, while x³ could overflow.
         near = tl.minimum(tl.maximum(x, -16.0), 16.0)
         square = near * near
-        chance = 1.0 / (1.0 + tl.exp(-1.5957691216057308 * near * (1.0 + 0.044715 * square)))  # 2·√(2/π)
+        tail = tl.exp(-1.5957691216057308 * near * (1.0 + 0.044715 * square))  # 2·√(2/π)
+        chance = 1.0 / (1.0 + tail)
+        other = tl.where(near < 0.0, 1.0 - chance, tail * chance)  # 1 - chance, with all its digits
         value = x * chance
-        slope = chance + x * (chance * (1.0 - chance)) * 1.5957691216057308 * (1.0 + 0.134145 * square)
+        slope = chance + x * (chance * other) * (1.5957691216057308 + 0.21406444881780074 * square)
     else:
         tl.static_assert(kind == "squared_relu")
         value = tl.where(x <= 0.0, 0.0, x * x)

@@ -1,7 +1,9 @@
 """Work that goes on beside the model's: state comes in, is updated, and goes out, each in its own queue."""
 
+import mmap
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, Protocol, get_args
+from weakref import finalize
 
 import torch
 from torch import Tensor
@@ -45,28 +47,36 @@ class Streams:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._registered: list[Tensor] = []
+        self._registered: list[finalize[..., Any]] = []
+        self._held = 0
         self._streams = {name: torch.cuda.Stream(device, priority=-1) for name in get_args(Queue)}
 
     def host(self, size: int) -> Tensor:
-        # Registered rather than allocated as pinned: that comes in powers of two, and a third would lie idle.
-        memory = torch.empty(size, dtype=torch.uint8)
-        if size:
-            try:
-                torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, 0)))
-            except RuntimeError as error:
-                held = sum(slab.numel() for slab in self._registered)
-                raise RuntimeError(
-                    f"the host gives no {size:,} bytes more that the device can reach, after {held:,} ({error}); set "
-                    "optim.offload.device_gb, optim.master: none or residual8, or start fewer ranks a node"
-                ) from error
-            self._registered.append(memory)
+        # Registered rather than allocated as pinned: that comes in powers of two, and a third would lie idle. Mapped,
+        # since what is registered is whole pages, each once, for as long as it lies where it does.
+        if not size:
+            return torch.empty(0, dtype=torch.uint8)
+        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            pages.madvise(mmap.MADV_HUGEPAGE)
+        memory = torch.frombuffer(pages, dtype=torch.uint8)
+        try:
+            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, 0)))
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"the host gives no {size:,} bytes more that the device can reach, after {self._held:,} ({error}); set "
+                "optim.offload.device_gb, optim.master: none or residual8, or start fewer ranks a node"
+            ) from error
+        release = finalize(pages, _unregister, self._device, memory.data_ptr())
+        release.atexit = False  # the process's end lets go of everything
+        self._registered.append(release)
+        self._held += size
         return memory
 
     def close(self) -> None:
         torch.cuda.synchronize(self._device)
-        for slab in self._registered:
-            torch.cuda.cudart().cudaHostUnregister(slab.data_ptr())
+        for release in self._registered:
+            release()
         self._registered.clear()
 
     def now(self) -> Mark:
@@ -94,6 +104,11 @@ class Streams:
 
     def seconds(self, begin: Mark, end: Mark) -> float | None:
         return begin.elapsed_time(end) / 1e3 if begin.query() and end.query() else None
+
+
+def _unregister(device: torch.device, address: int) -> None:
+    torch.cuda.synchronize(device)  # copies may still be under way
+    torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(address)))
 
 
 class Inline:

@@ -341,9 +341,9 @@ def same(found: Tensor, wanted: Tensor) -> None:
 def mixed(rows: int, width: int, device: str, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Numbers of many sizes, with a row and a column of zeros, and one of huge ones."""
     x = draw(rows, width, seed=rows, dtype=torch.float32) * torch.exp2(draw(rows, 1, seed=7, dtype=torch.float32) * 4)
-    x[rows // 2] = 0
+    x[rows // 2 : rows // 2 + 1] = 0
     x[:, width // 3] = 0
-    x[rows // 3] *= 1e30
+    x[rows // 3 : rows // 3 + 1] *= 1e30
     return surrounded(x.to(device, dtype))
 
 

