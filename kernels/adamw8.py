@@ -8,6 +8,7 @@ table, and its rates, bias corrections, clipping and skipping from device memory
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from typing import Any
 
@@ -117,12 +118,17 @@ class Adam:
         """
         go = scale != 0
         steps += go
-        powers = torch.stack([1 - torch.pow(beta, steps) for beta in self.betas])
+        powers = 1 - torch.pow(_on(steps.device, *self.betas), steps)
         decay = torch.ones_like(steps) - rate * self.weight_decay  # a tensor made of the rate would wait for the device
         scale = scale.to(steps.dtype).view(())
         shares = scale * (1 - self.betas[0]), scale * scale * (1 - self.betas[1])
         found = [*shares, rate / powers[0], powers[1].rsqrt(), decay.view(()), steps * go]
         return torch.stack(found).float()
+
+
+@cache
+def _on(device: torch.device, *numbers: float) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float64, device=device)
 
 
 class Update:

@@ -121,7 +121,7 @@ def meaning(code, p_tables, SIGNED: tl.constexpr):  # type: ignore[no-untyped-de
 
 
 @triton.jit
-def _line_at(y, p_tables, SIGNED: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202, N803
+def _line_at(y, p_tables, SIGNED: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, N803
     at = p_tables + (y.to(tl.int32, bitcast=True) >> 23) + (_CELLS if SIGNED else _CELLS + 256)
     slope, begin = tl.load(at), tl.load(at + 128)
     return slope, begin, slope * y + begin

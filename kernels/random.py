@@ -72,7 +72,7 @@ def keyed_bits_from(first, count: tl.constexpr, before, after):  # type: ignore[
 
 
 @triton.jit
-def _keyed(low, before, after):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+def _keyed(low, before, after):  # type: ignore[no-untyped-def]  # noqa: ANN001
     x = low ^ before
     x = (x ^ (x >> 16)) * 0x7FEB352D + after
     x = (x ^ (x >> 15)) * 0x846CA68B
