@@ -271,6 +271,8 @@ def _launch_transpose(values: Tensor, rows: Tensor | None, columns: Tensor) -> t
             b_k=SIDE,
             num_warps=8,
         )
+    else:
+        scale.copy_(scale_ref(columns)[:, None])
     return transposed, scale
 
 

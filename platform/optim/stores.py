@@ -1,6 +1,6 @@
 """Where optimizer state is, and how it is updated there: on the device, streamed through it, or by the CPU."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Protocol
@@ -153,6 +153,7 @@ class Piece:
         rows = dict(spans)
         names = {key: key.partition(".")[2] for key in state}
         self._host = {key: state[key][rows[name]] for key, name in names.items() if name in rows}
+        self._whole = {key for key, part in self._host.items() if part.shape == state[key].shape}
         self._given = {f"{GRADIENT}.{name}": gradients[name][of] for name, of in spans if name in gradients}
         self._unit, self.spans, self.layout = unit, spans, Layout.of(self._host | self._given)
         self._loaded: Mark = None
@@ -164,16 +165,18 @@ class Piece:
         """Gives it a slab."""
         self._queues, self._window, self._turn = queues, window, turn % len(window.slabs)
         views = self.layout.views(window.slabs[self._turn])
-        self._slab = {name: views[name] for name in self._host}
+        slab = {name: views[name] for name in self._host}
         self._gradients = {name: views[name] for name in self._given}
-        parts = [self._unit.part(name, self._slab, rows) for name, rows in self.spans]
+        self._state = joined([(slab[name], tensor, name in self._whole) for name, tensor in self._host.items()])
+        self._sent = joined([(self._gradients[name], tensor, False) for name, tensor in self._given.items()])
+        parts = [self._unit.part(name, slab, rows) for name, rows in self.spans]
         self._update = Update(parts, self._unit.adam)
 
     def fetch(self) -> None:
         """Has the state come as soon as its slab is free."""
         if not self._ahead:
             free = [self._window.free[self._turn], self._stored]
-            self._loaded = self._queues.run("in", partial(_copy, self._slab, self._host), free)
+            self._loaded = self._queues.run("in", partial(_load, self._state), free)
             self._ahead = True
 
     def update(self, gradients: Mapping[str, Tensor], taken: Mark, numbers: Tensor, begin: Mark) -> Mark:
@@ -181,12 +184,12 @@ class Piece:
         self.fetch()
         if self._given:
             mine = list(self._gradients.values())
-            self._loaded = self._queues.run("in", partial(_copy, self._gradients, self._given), [taken])
+            self._loaded = self._queues.run("in", partial(_load, self._sent), [taken])
         else:
             mine = [gradients[name][rows] for name, rows in self.spans]
         work = partial(self._update, mine, numbers)
         done = self._queues.run("update", work, [begin, self._loaded], [numbers])
-        self._stored = self._queues.run("out", partial(_copy, self._host, self._slab), [done])
+        self._stored = self._queues.run("out", partial(_store, self._state), [done])
         self._window.free[self._turn], self._ahead = self._stored, False
         return done
 
@@ -199,9 +202,43 @@ class Piece:
         self._ahead = False
 
 
-def _copy(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> None:
-    for name, target in targets.items():
-        target.copy_(sources[name], non_blocking=True)
+def joined(copies: Iterable[tuple[Tensor, Tensor, bool]]) -> list[tuple[Tensor, Tensor]]:
+    """Copies between memories, of which those that only padding parts are one: each takes some microseconds.
+
+    copies: dense tensors on the device and in host memory, of one shape and type, and whether the latter is all of what
+    is kept there under its name.
+    """
+    runs: list[list[tuple[Tensor, Tensor]]] = []
+    padded = False
+    for device, host, whole in copies:
+        beside = padded and whole
+        if beside and device.data_ptr() - runs[-1][-1][0].data_ptr() == host.data_ptr() - runs[-1][-1][1].data_ptr():
+            runs[-1].append((device, host))
+        else:
+            runs.append([(device, host)])
+        padded = whole
+    found = []
+    for run in runs:
+        size = run[-1][0].data_ptr() + run[-1][0].nbytes - run[0][0].data_ptr()
+        found.append((_bytes(run[0][0], size), _bytes(run[0][1], size)))
+    return found
+
+
+def _bytes(first: Tensor, size: int) -> Tensor:
+    """So many bytes of a tensor's memory, from its beginning on."""
+    memory = first.untyped_storage()
+    flat = torch.empty(0, dtype=torch.uint8, device=first.device)
+    return flat.set_(memory, first.data_ptr() - memory.data_ptr(), (size,))  # type: ignore[call-overload]
+
+
+def _load(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    for device, host in pairs:
+        device.copy_(host, non_blocking=True)
+
+
+def _store(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    for device, host in pairs:
+        host.copy_(device, non_blocking=True)
 
 
 class Window:

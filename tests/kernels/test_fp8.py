@@ -480,7 +480,9 @@ def test_gpu_rows_beyond_32_bits() -> None:
 def run_interpreted() -> None:
     assert triton_runs(torch.zeros(1))
     round_as_hardware_does()
-    kernels_equal_their_twins("cpu", [(1, 16), (63, 48), (2, 16400), (150, 272)], [(1, 128), (130, 384), (256, 640)])
+    kernels_equal_their_twins(
+        "cpu", [(0, 64), (1, 16), (63, 48), (2, 16400), (150, 272)], [(1, 128), (130, 384), (256, 640)]
+    )
     stores_stay_inside("cpu")
     layers_equal_their_twins("cpu", [(0, 64, 32), (37, 128, 256)], limit=1e-3)
 

@@ -30,7 +30,7 @@ from farspan.platform.optim.offload import Offloaded, split_for, units_of
 from farspan.platform.optim.placement import Interleaved, Streamed
 from farspan.platform.optim.queues import Inline, Mark, Queue, queues_of
 from farspan.platform.optim.rates import Rates
-from farspan.platform.optim.slab import ALIGNED
+from farspan.platform.optim.slab import ALIGNED, Layout
 
 UNITS = [["embed", "norm"], ["a"], ["b"], ["c", "d"], ["e"]]
 SHAPES = {"embed": (64, 96), "norm": (96,), "a": (96, 64), "b": (128, 96), "c": (96, 96), "d": (70, 64), "e": (64, 128)}
@@ -155,6 +155,20 @@ def test_pieces_change_nothing(piece: int, monkeypatch: pytest.MonkeyPatch) -> N
     found = optimizer.state()
     assert all(torch.equal(found[name], tensor) for name, tensor in reference.state().items())
     assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
+
+
+def test_whole_weights_travel_together() -> None:
+    """One copy where only padding is between; rows of one weight lie elsewhere beside their scales."""
+    layout = Layout.of({name: torch.empty(4, 24, dtype=torch.uint8, device="meta") for name in "abcd"})
+    device, host = (torch.randint(256, (layout.size,), dtype=torch.uint8) for _ in range(2))
+    ours, theirs = layout.views(device), layout.views(host)
+    assert len(stores.joined([(ours[name], theirs[name], True) for name in "abcd"])) == 1
+    cut = [(ours[name], theirs[name], name in "ab") for name in "abcd"]
+    copies = stores.joined(cut)
+    assert [a.numel() for a, _ in copies] == [256 + 96, 96, 96]
+    for a, b in copies:
+        a.copy_(b)
+    assert all(torch.equal(ours[name], theirs[name]) for name in "abcd")
 
 
 @pytest.mark.parametrize("places", [MIXED, ("cpu",) * 5, STREAMED], ids=["mixed", "cpu", "streamed"])
