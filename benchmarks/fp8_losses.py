@@ -1,5 +1,5 @@
-"""Whether training in fp8 learns what training in bf16 does: 500 steps of the 1B configuration on the same rows, of 2048
-tokens. Both run at once on one GPU: nothing here is a speed."""
+"""Whether training in fp8 learns what training in bf16 does: 500 steps of the 1B configuration on the same rows, of
+2048 tokens. Both run at once on one GPU: nothing here is a speed."""
 
 import argparse
 import tempfile

@@ -210,13 +210,13 @@ def joined(copies: Iterable[tuple[Tensor, Tensor, bool]]) -> list[tuple[Tensor, 
     """
     runs: list[list[tuple[Tensor, Tensor]]] = []
     padded = False
-    for device, host, whole in copies:
-        beside = padded and whole
-        if beside and device.data_ptr() - runs[-1][-1][0].data_ptr() == host.data_ptr() - runs[-1][-1][1].data_ptr():
+    for device, host, entire in copies:
+        last = runs[-1][-1] if padded and entire else None
+        if last and device.data_ptr() - last[0].data_ptr() == host.data_ptr() - last[1].data_ptr():
             runs[-1].append((device, host))
         else:
             runs.append([(device, host)])
-        padded = whole
+        padded = entire
     found = []
     for run in runs:
         size = run[-1][0].data_ptr() + run[-1][0].nbytes - run[0][0].data_ptr()
