@@ -22,9 +22,9 @@ from farspan.kernels.define import triton_runs
 from farspan.kernels.master import RESIDUALS, Master, draws, join, rest, rounded, split, whole
 from farspan.kernels.random import keyed_bits, keyed_bits_from, step_bits, step_keys
 
-TILE = 2048
-"""Elements that a program updates at once: 16 a thread, one 128-bit load of codes."""
-TURNS = 4
+TILE = 1024
+"""Elements that a program updates at once: 8 a thread, one 128-bit load of bf16."""
+TURNS = 8
 """Tiles of one program, one after the other."""
 WARPS = 4
 
