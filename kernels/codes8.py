@@ -27,6 +27,8 @@ is a whole number, rounds up; unsigned codes count from 0 as cells do."""
 _BEFORE = tl.constexpr(1.499 / 2)
 _GAP = tl.constexpr(0.499 * 11 / 6 + 0.001)
 _GAP_BEFORE = tl.constexpr(0.2505 * 11 / 6 - 0.001)
+_LAST = tl.constexpr(2 * 128 / 0.9)
+"""The slope of the last step, half a cell wide."""
 _CELLS = tl.constexpr(512)
 """Where the cells begin in `tables`: behind what signed and unsigned codes stand for."""
 
@@ -87,16 +89,16 @@ def encode(x: Tensor, block: int, *, signed: bool, random: Tensor | None = None)
     return (code + 128 * (x < 0).to(torch.uint8) if signed else code), scales
 
 
-def _line(y: Tensor, signed: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Of `_cells`: the slope, where the line begins, and where it is at y."""
+def _line(y: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    """Of `_cells`: where the line begins, and where it is at y."""
     at = (y.view(torch.int32) >> 23) + (_CELLS.value if signed else _CELLS.value + 256)
     slope, begin = tables(y.device)[at], tables(y.device)[at + 128]
-    return slope, begin, slope * y + begin
+    return begin, slope * y + begin
 
 
 def place_of(y: Tensor, *, signed: bool) -> Tensor:
     """The code of y in [0, 1] as a real number, of which the nearest integer is the cell that y is in."""
-    _, begin, here = _line(y, signed)
+    begin, here = _line(y, signed)
     before = 5 * here - (4.5 * begin + (_SIGNED if signed else _UNSIGNED).value / 2)
     return torch.minimum(here, before).clamp(min=0.0)
 
@@ -107,10 +109,10 @@ def between_codes(y: Tensor) -> Tensor:
     Middles of cells lie on a line within a decade, and between two decades on another, of a third of the former's
     slope; the lowest of all lines holds, but for the last step, from the last middle to 1.
     """
-    slope, begin, here = _line(y, False)
+    begin, here = _line(y, False)
     lines = torch.minimum(here, 5 * here - (4.5 * begin + _BEFORE.value))
     gaps = torch.minimum(here / 3 + (1.5 * begin + _GAP.value), here * (5 / 3) - (0.75 * begin + _GAP_BEFORE.value))
-    last = 2 * (here - (begin + slope)) + 255.001
+    last = _LAST.value * y + (255.001 - _LAST.value)
     return (torch.maximum(torch.minimum(lines, gaps), last) - 0.001).clamp(min=0.0)
 
 
@@ -123,14 +125,14 @@ def meaning(code, p_tables, SIGNED: tl.constexpr):  # type: ignore[no-untyped-de
 @triton.jit
 def _line_at(y, p_tables, SIGNED: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, N803
     at = p_tables + (y.to(tl.int32, bitcast=True) >> 23) + (_CELLS if SIGNED else _CELLS + 256)
-    slope, begin = tl.load(at), tl.load(at + 128)
-    return slope, begin, slope * y + begin
+    begin = tl.load(at + 128)
+    return begin, tl.load(at) * y + begin
 
 
 @triton.jit
 def nearest(y, p_tables):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
     """The unsigned code of the cell that y in [0, 1] is in, int32: `place_of`, rounded."""
-    _, begin, here = _line_at(y, p_tables, False)
+    begin, here = _line_at(y, p_tables, False)
     place = tl.maximum(tl.minimum(here, 5 * here - (4.5 * begin + _UNSIGNED / 2)), 0.0)
     return (place + _UP).to(tl.int32, bitcast=True) & 0xFF
 
@@ -138,7 +140,7 @@ def nearest(y, p_tables):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN20
 @triton.jit
 def signed_nearest(x, reciprocal, p_tables):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
     """The signed code of x · reciprocal in [-1, 1], int32."""
-    _, begin, here = _line_at(tl.abs(x) * reciprocal, p_tables, True)
+    begin, here = _line_at(tl.abs(x) * reciprocal, p_tables, True)
     place = tl.minimum(tl.minimum(here, 5 * here - (4.5 * begin + _SIGNED / 2)), 127.0)
     sign = (x.to(tl.int32, bitcast=True) >> 24) & 0x80
     return (place + _UP).to(tl.int32, bitcast=True) & 0x7F | sign
@@ -147,9 +149,9 @@ def signed_nearest(x, reciprocal, p_tables):  # type: ignore[no-untyped-def]  # 
 @triton.jit
 def between(y, random, p_tables):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
     """One of the two unsigned codes next to y in [0, 1], by the low 16 bits of random (uint32): `between_codes`."""
-    slope, begin, here = _line_at(y, p_tables, False)
+    begin, here = _line_at(y, p_tables, False)
     lines = tl.minimum(here, 5 * here - (4.5 * begin + _BEFORE))
     gaps = tl.minimum(here * (1 / 3) + (1.5 * begin + _GAP), here * (5 / 3) - (0.75 * begin + _GAP_BEFORE))
-    place = tl.maximum(tl.maximum(tl.minimum(lines, gaps), 2 * (here - (begin + slope)) + 255.001), 0.001)
+    place = tl.maximum(tl.maximum(tl.minimum(lines, gaps), _LAST * y + (255.001 - _LAST)), 0.001)
     drawn = ((random & 0xFFFF).to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True)  # 2²³ + 16 random bits
     return (tl.minimum(place + (drawn * 2.0**-16 - 128.501), 255.0) + _UP).to(tl.int32, bitcast=True) & 0xFF
