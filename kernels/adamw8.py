@@ -325,7 +325,7 @@ def _update(  # type: ignore[no-untyped-def]
         start = (turn.to(tl.int64) * turns + i) * tile
         at = tl.max_contiguous(start + tl.arange(0, tile), 8)  # alike for all types: else tiles change their layout
         line = start // span + tl.arange(0, lines)
-        live, whole = at < size, line * span < size
+        live, there = at < size, line * span < size
         gradient = tl.load(p_gradient + at, live, 0.0).to(tl.float32)
         weight = tl.load(p_weight + at, live, 0.0)
         held = 0
@@ -333,8 +333,8 @@ def _update(  # type: ignore[no-untyped-def]
             held = tl.load(p_residual + at, live, 0)
         first, second = tl.load(p_first + at, live, 0), tl.load(p_second + at, live, 0)
         if block:
-            first_scale = tl.load(p_first_scales + line, whole, 0.0)
-            second_scale = tl.load(p_second_scales + line, whole, 0.0)
+            first_scale = tl.load(p_first_scales + line, there, 0.0)
+            second_scale = tl.load(p_second_scales + line, there, 0.0)
             first, second = codes8.meaning(first, p_tables, True), codes8.meaning(second, p_tables, False)
             first = first * _spread(first_scale * beta1, span) + gradient * first_share
             second = second * _spread(second_scale * beta2, span) + gradient * gradient * second_share
@@ -363,8 +363,8 @@ def _update(  # type: ignore[no-untyped-def]
         if block:
             largest = tl.maximum(tl.max(tl.reshape(tl.abs(first), (lines, span)), 1), codes8.TINY)
             highest = tl.maximum(tl.max(tl.reshape(second, (lines, span)), 1), codes8.TINY)
-            tl.store(p_first_scales + line, largest, whole)
-            tl.store(p_second_scales + line, highest, whole)
+            tl.store(p_first_scales + line, largest, there)
+            tl.store(p_second_scales + line, highest, there)
             first = codes8.signed_nearest(first, _spread(1 / largest, span), p_tables)
             y = second * _spread(1 / highest, span)
             second = codes8.between(y, random, p_tables) if stochastic else codes8.nearest(y, p_tables)

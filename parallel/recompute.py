@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from farspan.kernels.fp8 import PRODUCT
+from farspan.kernels.grouped_gemm import GROUPED_MM
 
 Recompute = Literal["none", "block", "selective", "offload"]
 
@@ -32,7 +33,7 @@ TOKENS = 64
 
 _aten = torch.ops.aten
 _LEFT = {_aten.mm.default: 0, _aten.bmm.default: 0, _aten._grouped_mm.default: 0}
-_LEFT |= {_aten.addmm.default: 1, _aten.baddbmm.default: 1, PRODUCT: 0}
+_LEFT |= {_aten.addmm.default: 1, _aten.baddbmm.default: 1, PRODUCT: 0, GROUPED_MM: 0}
 """Products, and which argument is the left factor."""
 _SUMS = {torch.ops._c10d_functional.reduce_scatter_tensor.default}
 """Exchanges that leave less than they take: keeping the sum spares the product before it as well."""

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+SMALLEST = 1e-18
+"""Of eps: kernels square what they divide by."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Adam:
@@ -23,7 +26,7 @@ class Adam:
             raise ValueError(f"rate={self.rate}, weight_decay={self.weight_decay}: must not be negative")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas={list(self.betas)}: must be two numbers in [0, 1)")
-        if self.eps <= 0:
-            raise ValueError(f"eps={self.eps}: must be positive; 1e-8 is usual")
+        if not self.eps >= SMALLEST:
+            raise ValueError(f"eps={self.eps}: must be at least {SMALLEST}, whose square fp32 holds; 1e-8 is usual")
         if self.max_norm is not None and self.max_norm <= 0:
             raise ValueError(f"max_norm={self.max_norm}: must be positive; null for no clipping")

@@ -2,6 +2,7 @@
 
 import mmap
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any, Literal, Protocol, get_args
 from weakref import finalize
 
@@ -56,13 +57,13 @@ class Streams:
         # since what is registered is whole pages, each once, for as long as it lies where it does.
         if not size:
             return torch.empty(0, dtype=torch.uint8)
-        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            pages.madvise(mmap.MADV_HUGEPAGE)
-        memory = torch.frombuffer(pages, dtype=torch.uint8)
         try:
+            pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            with suppress(AttributeError, OSError):  # large pages, where this system has them, are locked sooner
+                pages.madvise(mmap.MADV_HUGEPAGE)
+            memory = torch.frombuffer(pages, dtype=torch.uint8)
             torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, 0)))
-        except RuntimeError as error:
+        except (OSError, RuntimeError) as error:
             raise RuntimeError(
                 f"the host gives no {size:,} bytes more that the device can reach, after {self._held:,} ({error}); set "
                 "optim.offload.device_gb, optim.master: none or residual8, or start fewer ranks a node"

@@ -215,6 +215,7 @@ def test_what_is_quantised_does_not_depend_on_the_mesh() -> None:
         ({"block": 96}, "block=96: must be a power of two from 32 to 1024"),
         ({"max_tp": 6}, "max_tp=6: must be a power of two"),
         ({"betas": (0.9,)}, "betas="),
+        ({"eps": 1e-20}, "eps=1e-20: must be at least 1e-18"),
     ],
 )
 def test_mistakes_are_named(fields: dict[str, Any], message: str) -> None:
