@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from farspan.kernels.define import define, triton_runs
 
-__all__ = ["Score", "route", "route_ref"]
+__all__ = ["ROUTE", "Score", "route", "route_ref"]
 
 Score = Literal["softmax", "softmax_after", "sigmoid"]
 """What a probability is: of softmax over all experts, of softmax over the chosen ones, or of each expert's sigmoid."""
@@ -92,10 +92,6 @@ def route(
     if groups is not None and groups[0] == groups[1]:
         groups = None  # all take part
     sizes = [] if groups is None else list(groups)
-    if not triton_runs(logits) or k > MOST or _widths(logits.shape[1], sizes)[1] > WIDEST:
-        return route_ref(
-            logits, k, score=score, bias=bias, groups=groups, normalised=normalised, scale=scale, chosen=chosen
-        )
     found: tuple[Tensor, Tensor] = _Route.apply(logits, bias, chosen, k, score, sizes, normalised, float(scale))
     return found
 
@@ -133,7 +129,7 @@ def _check(
 class _Route(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, bias: Tensor | None, *others: Any) -> tuple[Tensor, Tensor]:
-        probability, chosen = _ROUTE(logits, bias, *others)
+        probability, chosen = ROUTE(logits, bias, *others)
         ctx.save_for_backward(logits, chosen)
         ctx.mark_non_differentiable(chosen)
         ctx.score, _, *ctx.settings = others[2:]
@@ -358,10 +354,27 @@ def _launch_backward(dlogits: Tensor, dprobability: Tensor, logits: Tensor, chos
     _backward[(triton.cdiv(tokens, b_t),)](dlogits, *inputs, *numbers, num_warps=warps)
 
 
-def _run(logits: Tensor, bias: Tensor | None, chosen: Tensor | None, k: int, *settings: Any) -> tuple[Tensor, Tensor]:
+def _run(
+    logits: Tensor,
+    bias: Tensor | None,
+    chosen: Tensor | None,
+    k: int,
+    score: Score,
+    sizes: list[int],
+    normalised: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    if not _fits(logits, k, sizes):
+        groups = (sizes[0], sizes[1]) if sizes else None
+        settings: dict[str, Any] = {"score": score, "bias": bias, "groups": groups, "normalised": normalised}
+        return route_ref(logits, k, **settings, scale=scale, chosen=chosen)
     results = _like(logits, bias, chosen, k)
-    _launch(results, logits, (bias, chosen), *settings)
+    _launch(results, logits, (bias, chosen), score, sizes, normalised, scale)
     return results
+
+
+def _fits(logits: Tensor, k: int, sizes: list[int]) -> bool:
+    return triton_runs(logits) and k <= MOST and _widths(logits.shape[1], sizes)[1] <= WIDEST
 
 
 def _like(logits: Tensor, bias: Tensor | None, chosen: Tensor | None, k: int, *_: Any) -> tuple[Tensor, Tensor]:
@@ -369,13 +382,33 @@ def _like(logits: Tensor, bias: Tensor | None, chosen: Tensor | None, k: int, *_
     return logits.new_empty(shape), logits.new_empty(shape, dtype=torch.int32)
 
 
-def _run_backward(dprobability: Tensor, logits: Tensor, chosen: Tensor, *settings: Any) -> Tensor:
+def _run_backward(
+    dprobability: Tensor, logits: Tensor, chosen: Tensor, score: Score, normalised: bool, scale: float
+) -> Tensor:
+    if not _fits(logits, chosen.shape[1], []):
+        return _gradient(dprobability * scale, logits, chosen.long(), score, normalised)
     dlogits = logits.new_empty(logits.shape)
-    _launch_backward(dlogits, dprobability, logits, chosen, *settings)
+    _launch_backward(dlogits, dprobability, logits, chosen, score, normalised, scale)
     return dlogits
 
 
-_ROUTE = define(
+def _gradient(dp: Tensor, logits: Tensor, chosen: Tensor, score: Score, normalised: bool) -> Tensor:
+    """`_backward` in plain torch, of probabilities before their scale."""
+    if score == "softmax_after":
+        p = logits.gather(1, chosen).softmax(1)
+        return torch.zeros_like(logits).scatter(1, chosen, p * (dp - (dp * p).sum(1, keepdim=True)))
+    scores = logits.softmax(1) if score == "softmax" else logits.sigmoid()
+    if normalised:
+        p = scores.gather(1, chosen)
+        total = p.sum(1, keepdim=True) + 1e-20
+        dp = dp / total - (dp * p).sum(1, keepdim=True) / total.square()
+    dscores = torch.zeros_like(logits).scatter(1, chosen, dp)
+    if score == "softmax":
+        return scores * (dscores - (dscores * scores).sum(1, keepdim=True))
+    return dscores * scores * (1 - scores)
+
+
+ROUTE = define(
     "route(Tensor logits, Tensor? bias, Tensor? chosen, int k, str score, int[] groups, bool normalised, float scale)"
     " -> (Tensor, Tensor)",
     _run,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from farspan.kernels.random import Normal
 from farspan.models.ffns import Ffn
+from farspan.models.ffns.moe import Tally
 from farspan.models.linear import Linear, Plain
 from farspan.models.mixers import Mixer
 from farspan.models.mixers.softmax import Angles
@@ -113,11 +114,22 @@ class Layer(nn.Module):
         angles = None if self.rotation is None else self.rotation[0].angles(positions, self.rotation[1])
         return x, angles, self.context.example(rows, length)
 
-    def forward(self, x: Tensor, angles: Angles | None, documents: Documents) -> Tensor:
+    def forward(self, x: Tensor, angles: Angles | None, documents: Documents) -> Tensor | tuple[Tensor, Tally]:
+        """x: B T D; with it comes what its router reports, where the ffn has one."""
         parts: list[Part] = []
+        tallies: list[Tally] = []
+
+        def feed(h: Any) -> Tensor:
+            found = self.ffn(h)  # type: ignore[misc]
+            if isinstance(found, Tensor):
+                return found
+            tallies.append(found[1])
+            return found[0]
+
         if (mixer := self.mixer) is not None and not isinstance(self.mixer_norm, nn.Identity):
             norms = self.mixer_norm, self.mixer_norm_out
             parts.append(Part(lambda h: mixer(h, angles, documents), *norms, mixer.reads_codes))
         if self.ffn is not None and not isinstance(self.ffn_norm, nn.Identity):
-            parts.append(Part(self.ffn, self.ffn_norm, self.ffn_norm_out, self.ffn.reads_codes))
-        return self.join(x, parts)
+            parts.append(Part(feed, self.ffn_norm, self.ffn_norm_out, self.ffn.reads_codes))
+        out = self.join(x, parts)
+        return (out, tallies[0]) if tallies else out

@@ -8,13 +8,16 @@ from torch import Tensor, nn
 
 from farspan.kernels.random import Normal
 from farspan.models.block import Block, NormPlacement
+from farspan.models.ffns import Moe
+from farspan.models.ffns.moe import Tally
 from farspan.models.mixers.softmax import Angles, Softmax
 from farspan.models.norm import Layer, Norm, Rms
 from farspan.models.roles import RoleKind
 from farspan.models.rope import Rope
 from farspan.parallel.context import Context, Runtime
-from farspan.parallel.context.shard import Batch
+from farspan.parallel.context.shard import IGNORE, Batch
 from farspan.parallel.placement import Column, Placement
+from farspan.parallel.sums import Sums
 from farspan.parallel.tensor import Vocabulary, Whole
 
 
@@ -96,7 +99,9 @@ class Decoder:
         for i, block in enumerate(self.blocks):
             for problem in block.mixer.context_problems(context, cp, tp) if block.mixer else []:
                 found.setdefault(problem, i)
-        return [f"blocks.{i}.mixer: {problem}" for problem, i in found.items()]
+        experts = {i: block.ffn for i, block in enumerate(self.blocks) if isinstance(block.ffn, Moe)}
+        uneven = [f"blocks.{i}.ffn.{problem}" for i, ffn in experts.items() for problem in ffn.context_problems(cp)]
+        return [f"blocks.{i}.mixer: {problem}" for problem, i in found.items()] + uneven
 
     def build(self, vocabulary: int, context: Runtime) -> "DecoderModel":
         """The model for a tokenizer of `vocabulary` tokens, on torch's current default device."""
@@ -145,16 +150,27 @@ class DecoderModel(nn.Module):
         layers = sum(repeat * self.layers[first].flops(lengths) for first, repeat in self.runs)  # type: ignore[operator]
         return int(layers + 2 * sum(lengths) * self.embed.weight.numel())
 
-    def forward(self, batch: Batch, at: Tensor | None = None) -> Tensor:
-        """Without `at`: the summed loss of the batch, in nats. With `at` (int64 places in row 0): N V logits."""
+    def forward(self, batch: Batch, at: Tensor | None = None) -> Tensor | Sums:
+        """Without `at`: the summed loss of the batch, in nats, and with gradients what routers report. With `at` (int64
+        places in row 0): N V logits."""
         x = self.embed_norm(self.vocabulary.embed(batch.tokens, self.embed.weight))  # B T D
         angles, documents = self.angles(batch.positions), batch.documents
+        tallies: list[Tally] = []
         for layer, rotation in zip(self.layers, self.rotations, strict=True):
             x = layer(x, None if rotation is None else angles[rotation], documents)
+            if isinstance(x, tuple):
+                x, tally = x
+                tallies.append(tally)
         head = self.embed.weight if self.head is None else self.head.weight
         if at is not None:
             return self.vocabulary.logits(self.norm(x), head, at)
-        return self.vocabulary.loss(self.norm(x), head, batch.labels, self.z_loss if torch.is_grad_enabled() else 0.0)
+        learns = torch.is_grad_enabled()
+        loss = self.vocabulary.loss(self.norm(x), head, batch.labels, self.z_loss if learns else 0.0)
+        if not tallies or not learns:
+            return loss
+        labels = (batch.labels != IGNORE).sum(1)  # B
+        cost = torch.stack([tally.cost for tally in tallies]).sum(0) @ labels.to(tallies[0].cost.dtype)
+        return Sums(loss, cost, tuple(tally.load for tally in tallies))
 
     def angles(self, positions: Tensor) -> dict[tuple[Rope, int], Angles]:
         """The rotations that the layers use, each computed once."""

@@ -20,6 +20,7 @@ from farspan.parallel.lane import lane_to
 from farspan.parallel.mesh import Gather, Mesh
 from farspan.parallel.placement import Pieces
 from farspan.parallel.stash import Stash
+from farspan.parallel.sums import Sums
 
 
 class Optimizer(Protocol):
@@ -101,24 +102,34 @@ class Engine:
         """Whether the backward under way is the last of its step."""
         self._norms: dict[str, Tensor] = {}
         """Of gradients that were given away."""
+        self.cost = torch.zeros((), device=mesh.device)
+        """What routers were charged in the last step: this rank's part, which `forward_backward` leaves out."""
+        self.loads: list[Tensor] = []
+        """Tokens that this rank gave to each expert in the last step, layer by layer."""
         fsdp.fill(self.weights, starts, seed)
 
     def forward_backward(self, batches: Sequence[Batch], labels: float) -> Tensor:
         """Adds the gradients of one step's micro-batches; returns this rank's part of the loss, a device scalar.
 
-        `labels` counts what the whole step predicts on all ranks; the parts sum to the mean loss over it.
+        `labels` counts what the whole step predicts on all ranks; the parts sum to the mean loss over it. Gradients are
+        of that and of what routers are charged.
         """
-        total = torch.zeros((), device=self.mesh.device)
+        total, cost = torch.zeros(2, device=self.mesh.device).unbind()
+        loads: list[tuple[Tensor, ...]] = []
         for i, batch in enumerate(batches):
             last = self._last = i == len(batches) - 1
             self.model.set_is_last_backward(last)  # type: ignore[operator]
             self.model.set_requires_all_reduce(last)  # type: ignore[operator]
             self.model.set_reshard_after_backward(last or self.gather == "layer")  # type: ignore[operator]
-            loss = self.model(self._placed(batch)) / labels
+            found = self.model(self._placed(batch))
+            sums = found if isinstance(found, Sums) else Sums(found, torch.zeros_like(found), ())
             if self._gradients is not None:
                 fsdp.keep_gradients_in(self.model, self._gradients)
-            loss.backward()
-            total += loss.detach()
+            ((sums.loss + sums.cost) / labels).backward()
+            total += sums.loss.detach() / labels
+            cost += sums.cost.detach() / labels
+            loads.append(sums.loads)
+        self.cost, self.loads = cost, [torch.stack(same).sum(0) for same in zip(*loads, strict=True)]
         self._parts.finish()
         return total
 
@@ -127,7 +138,7 @@ class Engine:
         return self.context.cut(batch).padded(self.mesh.sizes.tp).to(self.mesh.device)
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum of a device scalar over the ranks that hold different data."""
+        """The sum of a device tensor over the ranks that hold different data."""
         total = value.clone()
         for axis in self.mesh.weights.mesh_dim_names or ():
             dist.all_reduce(total, group=self.mesh.weights.get_group(axis))

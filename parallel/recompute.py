@@ -22,6 +22,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from farspan.kernels.fp8 import PRODUCT
 from farspan.kernels.grouped_gemm import GROUPED_MM
+from farspan.kernels.route import ROUTE
 
 Recompute = Literal["none", "block", "selective", "offload"]
 
@@ -82,7 +83,8 @@ def _keeping(kept: frozenset[Call]) -> Callable[[], tuple[AbstractContextManager
 
 
 def _always() -> set[OpOverload]:
-    return {torch.ops.farspan.attend.default, torch.ops.farspan.attend_spread.default}
+    """Attention, and the choice of experts: from numbers that differ in a bit it would be another one."""
+    return {torch.ops.farspan.attend.default, torch.ops.farspan.attend_spread.default, ROUTE}
 
 
 def _contexts(kept: frozenset[Call]) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

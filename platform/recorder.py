@@ -2,12 +2,14 @@
 
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from farspan.models.ffns.moe import evenness
+from farspan.parallel.engine import Engine
 from farspan.platform.metrics import Line
 
 PEAK = {"H100": 989.5e12, "H200": 989.5e12, "H800": 989.5e12, "A100": 312e12, "B200": 2250e12}
@@ -22,6 +24,14 @@ def peak(device: torch.device, compute: torch.dtype | None) -> float | None:
     return next((rate for card, rate in PEAK.items() if card in name), None)
 
 
+def routed(engine: Engine) -> dict[str, Tensor]:
+    """What routers were charged in the last step, and how evenly tokens went to experts, over all ranks."""
+    if not engine.loads:
+        return {}
+    loads = engine.sum(torch.cat(engine.loads)).split([len(load) for load in engine.loads])
+    return {"router_cost": engine.sum(engine.cost), **evenness(loads)}
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Step:
     step: int
@@ -30,7 +40,9 @@ class _Step:
     total: int
     flops: float
     values: Tensor
-    """loss, gradient norm, this rank's part of the loss; fp64 on the device."""
+    """loss, gradient norm, this rank's part of the loss, and `more`; fp64 on the device."""
+    more: tuple[str, ...]
+    """Names of other numbers of the step."""
     end: "float | torch.cuda.Event"
 
 
@@ -46,12 +58,22 @@ class Recorder:
         self.mark: float | torch.cuda.Event = self._now()
 
     def note(
-        self, step: int, *, loss: Tensor, norm: Tensor, part: Tensor, rate: float, tokens: int, total: int, flops: float
+        self,
+        step: int,
+        *,
+        loss: Tensor,
+        norm: Tensor,
+        part: Tensor,
+        rate: float,
+        tokens: int,
+        total: int,
+        flops: float,
+        more: Mapping[str, Tensor],
     ) -> None:
-        """Remembers one step; nothing waits for the device."""
-        values = torch.stack([loss.double(), norm.double(), part.double()])
-        entry = _Step(step=step, rate=rate, tokens=tokens, total=total, flops=flops, values=values, end=self._now())
-        self.steps.append(entry)
+        """Remembers one step; nothing waits for the device. more: device scalars that its line shows as well."""
+        values = torch.stack([value.double() for value in (loss, norm, part, *more.values())])
+        numbers = {"rate": rate, "tokens": tokens, "total": total, "flops": flops}
+        self.steps.append(_Step(step=step, **numbers, values=values, more=tuple(more), end=self._now()))  # type: ignore[arg-type]
 
     def pause(self) -> Callable[[], None]:
         """Stops the clock of the next step; the returned function starts it again."""
@@ -66,17 +88,17 @@ class Recorder:
         """A line of metrics for each step since the last flush."""
         if not self.steps:
             return []
-        numbers = torch.stack([entry.values for entry in self.steps]).tolist()
+        numbers = torch.stack([entry.values for entry in self.steps]).tolist()  # a run has the same ones at every step
         lines: list[Line] = []
         self.parts = []
-        for entry, (loss, norm, part) in zip(self.steps, numbers, strict=True):
+        for entry, (loss, norm, part, *more) in zip(self.steps, numbers, strict=True):
             seconds = self._between(self.mark, entry.end)
             self.mark = entry.end
             self.parts.append((entry.step, part))
             used = None if self.peak_flops is None else 3 * entry.flops / seconds / self.peak_flops
             line = {"step": entry.step, "loss": loss, "grad_norm": norm, "rate": entry.rate, "tokens": entry.total}
             speed = {"tokens_per_second": entry.tokens / seconds, "step_seconds": seconds, "mfu": used}
-            lines.append({**line, **speed, "memory_gb": self._memory()})
+            lines.append({**line, **speed, "memory_gb": self._memory(), **dict(zip(entry.more, more, strict=True))})
         self.steps = []
         return lines
 

@@ -32,7 +32,7 @@ from farspan.platform.optim.offload import Offloaded, split_for, units_of
 from farspan.platform.optim.placement import Split, Streamed, lines
 from farspan.platform.optim.queues import queues_of
 from farspan.platform.optim.rates import Rates, measure, slowest
-from farspan.platform.recorder import Recorder, peak
+from farspan.platform.recorder import Recorder, peak, routed
 from farspan.platform.state import RunState
 from farspan.platform.tracing import Tracer
 
@@ -184,6 +184,7 @@ class Trainer:
             tokens=work.tokens,
             total=self.state.tokens,
             flops=work.flops,
+            more=routed(self.engine) if isinstance(self.engine, Engine) else {},
         )
 
     def _scale(self, loss: Tensor, norm: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import warnings
@@ -31,9 +30,10 @@ file, name, arguments, out = sys.argv[1:]
 spec = importlib.util.spec_from_file_location("ranks_under_test", file)
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
-dist.init_process_group("gloo")
+here, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+dist.init_process_group("gloo", init_method=f"file://{out}/store", rank=here, world_size=world)
 result = getattr(module, name)(**json.loads(arguments))
-torch.save(result, f"{out}/{os.environ['RANK']}.pt")
+torch.save(result, f"{out}/{here}.pt")
 dist.barrier()
 dist.destroy_process_group()
 """
@@ -42,10 +42,8 @@ dist.destroy_process_group()
 def _start(world: int, function: Callable[..., Any], arguments: str, out: Path) -> list[tuple[int, str]]:
     """(exit code, output) of each rank that failed."""
     command = [sys.executable, "-c", _CHILD, function.__code__.co_filename, function.__name__, arguments, str(out)]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world), "PYTHONSAFEPATH": "1"}
+    # They meet in a file: a port that is free when it is asked for may be another test's when it is used.
+    place = {"WORLD_SIZE": str(world), "PYTHONSAFEPATH": "1"}
     place |= {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}  # who dies in native code says where
     started = [
         subprocess.Popen(

@@ -142,6 +142,11 @@ class LowRankState:
     def __init__(self, config: _LowRank, weights: Mapping[str, Tensor], roles: Mapping[str, Role], seed: int) -> None:
         self.config = config
         self.weights = {n: w for n, w in weights.items() if config.projects(tuple(w.shape), roles[n])}
+        if not self.weights:
+            raise ValueError(
+                f"optim.rank={config.rank}: every matrix has a side no longer, so that none is projected; lower it, or "
+                "take the optimizer of optim.rest"
+            )
         others = {name: weight for name, weight in weights.items() if name not in self.weights}
         self.rest = RestState(config.rest, config.rate, others, roles, seed)
         self.whole = WholeMatrices(self.weights, lambda rows, columns: rows * columns * min(rows, columns))

@@ -255,8 +255,8 @@ def kernels_stay_whole_under_a_compiler(device: str) -> None:
         found, plain = (run(op, logits, dprobability, case.k, **settings) for op in (whole, route))
         assert all(map(torch.equal, found, plain))
     chosen, tests = plain[1], ("test_schema", "test_faketensor")
-    torch.library.opcheck(ops._ROUTE, (logits, None, None, 4, "softmax", [4, 2], True, 2.0), test_utils=tests)
-    torch.library.opcheck(ops._ROUTE, (logits, None, chosen, 4, "sigmoid", [], True, 2.0), test_utils=tests)
+    torch.library.opcheck(ops.ROUTE, (logits, None, None, 4, "softmax", [4, 2], True, 2.0), test_utils=tests)
+    torch.library.opcheck(ops.ROUTE, (logits, None, chosen, 4, "sigmoid", [], True, 2.0), test_utils=tests)
     given = dprobability.T.contiguous().T, logits, chosen, "sigmoid", True, 2.0
     torch.library.opcheck(ops._ROUTE_BACKWARD, given, test_utils=tests)
 

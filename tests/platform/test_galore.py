@@ -237,3 +237,9 @@ def test_state_bytes_are_what_the_state_holds(natural: bool) -> None:
 def test_mistakes_are_named(fields: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         NaturalGalore(**{"rate": 0.1, "rest": Adamw(rate=0.1), **fields})
+
+
+def test_a_rank_that_projects_nothing_is_refused() -> None:
+    weights: dict[str, Tensor] = {"square": torch.nn.Parameter(torch.zeros(5, 5))}
+    with pytest.raises(ValueError, match=r"optim\.rank=8: every matrix has a side no longer"):
+        NaturalGalore(rate=0.1, rank=8, rest=Adamw(rate=0.1)).build(weights, ROLES, 0)

@@ -1,0 +1,52 @@
+"""A mixture of experts through `launch`, from file to checkpoint and on to another number of ranks."""
+
+import json
+from pathlib import Path
+
+import pytest
+from launching import numbers
+
+from farspan.launch import cli
+from farspan.platform import metrics
+
+CONFIG = Path(__file__).parents[2] / "configs" / "moe.yaml"
+SMALL = ["data.paths=[corpus]", "data.sequence_length=48", "data.cache=cache", "train.batch=4", "train.micro_batch=1"]
+SMALL += ["schedule.warmup=1", "train.steps=6", "checkpoint.every=3", "train.precision=fp32"]
+
+
+def test_trains_and_goes_on_with_fewer_ranks(corpus: Path) -> None:
+    """Two ranks that stop half way and one that goes on are one that never stopped; its line tells of the experts."""
+    folder, same = corpus.parent, ["train.recompute=selective", "checkpoint.keep=2"]
+    whole = numbers(CONFIG, folder, *SMALL, *same, "name=whole", "launch.ranks=1")
+    numbers(CONFIG, folder, *SMALL, *same, "name=part")
+    latest = folder / "runs" / "part" / "checkpoints"
+    (latest / "LATEST").write_text("step-00000003\n")
+    for path in sorted((latest / "step-00000006").rglob("*"), reverse=True):
+        path.unlink() if path.is_file() else path.rmdir()
+    (latest / "step-00000006").rmdir()
+    resumed = numbers(CONFIG, folder, *SMALL, *same, "name=part", "launch.ranks=1", "--resume")
+    assert [line[0] for line in whole] == [1, 2, 3, 4, 5, 6]
+    for ours, theirs in zip(resumed[-3:], whole[-3:], strict=True):
+        assert ours[:3] == pytest.approx(theirs[:3], rel=1e-4)
+    last = metrics.read(folder / "runs" / "whole")[-1]
+    assert json.loads((folder / "runs" / "whole" / "status.json").read_text())["state"] == "done"
+    assert 1 <= (last["load_max"] or 0) <= 4 and 0 < (last["load_entropy"] or 0) <= 1
+    assert 0.039 < (last["router_cost"] or 0) < 0.16, "four layers, each of 0.01 at least"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["model.blocks.0.ffn.active=9"], "model.blocks.0.ffn.active=9: must be at least 1"),
+        (["parallel.tp=2"], "model.blocks.0.ffn.kind=moe: its rows are balanced whole"),
+        (["parallel.cp=2"], "model.blocks.0.ffn.kind=moe: its rows are balanced whole"),
+        (["parallel.engine={kind: zero, stage: 1}"], "model.blocks: ffn.kind=moe: parallel.engine.kind=zero"),
+        (["model.blocks.0.linear={kind: fp8}"], "set linear: {kind: plain}"),
+    ],
+)
+def test_mistakes_are_named(
+    arguments: list[str], message: str, corpus: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(corpus.parent)
+    assert cli.main(["train", "--config", str(CONFIG), *SMALL, *arguments, "--dry-run"]) == 2
+    assert message in capfd.readouterr().err

@@ -1,0 +1,133 @@
+"""With experts, N ranks are one rank: loss, what routers are charged, loads, every gradient, and one optimizer step."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from farspan.models.block import Block
+from farspan.models.decoder import Decoder, initial
+from farspan.models.ffns import Moe, Swiglu
+from farspan.models.mixers import Softmax
+from farspan.parallel.context.local import Local
+from farspan.parallel.context.shard import IGNORE, Batch
+from farspan.parallel.engine import Engine
+from farspan.parallel.fsdp import full
+from farspan.parallel.mesh import Mesh, Parallel
+from farspan.platform.optim import Adamw
+
+VOCABULARY, LENGTH, ROWS = 60, 19, 8
+
+
+def model(balance: float) -> Decoder:
+    """5 and 3 experts, which ranks do not divide; the second layer's are chosen from groups, and few of them."""
+    many = Moe(experts=5, active=2, hidden=7, balance=balance, z_loss=0.1)
+    grouped = Moe(experts=6, active=1, hidden=5, shared=9, score="sigmoid", groups=3, kept_groups=1, balance=balance)
+    mixer = Softmax(heads=2, head_dim=6)
+    return Decoder(
+        width=22,
+        vocabulary=VOCABULARY,
+        blocks=(Block(mixer=mixer, ffn=many), Block(mixer=mixer, ffn=Swiglu(hidden=8)), Block(mixer=None, ffn=grouped)),
+    )
+
+
+def batches(rank: int, dp: int, micro: int) -> list[Batch]:
+    """Of 8 rows with different numbers of labels. Most tokens are alike, so that some experts are given none."""
+    made = torch.Generator().manual_seed(7)
+    tokens, labels = (torch.randint(VOCABULARY, (ROWS, LENGTH), generator=made) for _ in range(2))
+    tokens[:7], tokens[7] = 3, 3 + tokens[7] % 2
+    for row in range(ROWS):
+        labels[row, : 2 * row] = IGNORE
+    mine = torch.arange(rank * ROWS // dp, (rank + 1) * ROWS // dp)
+    return [_batch(tokens[part], labels[part]) for part in mine.split(micro)]
+
+
+def _batch(tokens: Tensor, labels: Tensor) -> Batch:
+    return Batch(
+        tokens=tokens,
+        labels=labels,
+        positions=torch.arange(LENGTH).expand(len(tokens), -1),
+        cu_seqlens=None,
+        lengths=(LENGTH,) * len(tokens),
+        valid=int((labels != IGNORE).sum()),
+    )
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return full(tensor).detach().clone()
+
+
+def probe(cuts: list[dict[str, Any]], micro: int, kept: float | None = None, balance: float = 0.5) -> list[Any]:
+    torch.set_default_dtype(torch.float64)
+    control = dist.new_group(backend="gloo")
+    results = []
+    for cut in cuts:
+        parallel = Parallel(**cut)
+        mesh = Mesh(parallel.sizes(dist.get_world_size()), torch.device("cpu"), control)
+        with torch.device("meta"):
+            built = model(balance).build(VOCABULARY, Local())
+        engine = Engine(
+            built, list(built.layers), initial(built), mesh, context=Local(), seed=3, kept=kept, gather="layer"
+        )
+        optimizer = Adamw(rate=1e-2).build(engine.weights, {}, 0)
+        work = batches(mesh.index("dp"), mesh.sizes.dp, micro)
+        labels = torch.tensor(float(sum(batch.valid for batch in work)))
+        dist.all_reduce(labels, group=mesh.dense.get_group("dp"))
+        found: dict[str, Any] = {"loss": engine.sum(engine.forward_backward(work, labels.item()))}
+        found |= {"cost": engine.sum(engine.cost), "loads": [engine.sum(load) for load in engine.loads]}
+        found |= {"norm": engine.gradient_norm()}
+        found["gradients"] = {n: whole(w.grad) for n, w in engine.weights.items() if w.grad is not None}
+        found["held out"] = engine.evaluate(batches(0, 1, 3)[0])
+        optimizer.update(1e-2, torch.tensor(0.5))
+        found["end"] = {n: whole(w) for n, w in engine.weights.items()}
+        results.append(found)
+    return results
+
+
+def same(left: Any, right: Any) -> None:
+    if isinstance(left, dict):
+        assert left.keys() == right.keys()
+        for key in left:
+            same(left[key], right[key])
+    elif isinstance(left, list):
+        for ours, theirs in zip(left, right, strict=True):
+            same(ours, theirs)
+    else:
+        torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-11)
+
+
+@pytest.fixture(scope="module")
+def one_rank(ranks: Any) -> dict[str, Any]:
+    found: dict[str, Any] = ranks(1, probe, cuts=[{}], micro=8)[0][0]
+    assert any((load == 0).any() for load in found["loads"]), "an expert without a token"
+    assert len(found["gradients"]) == len(found["end"]), "every weight has a gradient, an idle expert's as well"
+    return found
+
+
+@pytest.mark.parametrize(
+    ("micro", "kept"), [(3, 0.0), *(pytest.param(*each, marks=pytest.mark.laws) for each in ((1, None), (8, 0.5)))]
+)
+def test_micro_batches_and_recomputation_change_nothing(
+    ranks: Any, one_rank: dict[str, Any], micro: int, kept: float | None
+) -> None:
+    same(ranks(1, probe, cuts=[{}], micro=micro, kept=kept)[0][0], one_rank)
+
+
+CUTS: dict[int, list[dict[str, Any]]] = {2: [{"shard": 2}, {"shard": 1}], 4: [{"shard": 4}, {"shard": 2}]}
+
+
+@pytest.mark.parametrize(("world", "micro"), [pytest.param(2, 3, marks=pytest.mark.laws), (4, 1)])
+def test_ranks_equal_one_rank(ranks: Any, one_rank: dict[str, Any], world: int, micro: int) -> None:
+    for of_rank in ranks(world, probe, cuts=CUTS[world], micro=micro, kept=0.5 if world == 4 else None):
+        for found in of_rank:
+            same(found, one_rank)
+
+
+def test_a_charge_that_outweighs_all_else_is_shared_alike(ranks: Any) -> None:
+    """At 1000 the gradient is that of balance."""
+    plain = ranks(1, probe, cuts=[{}], micro=8, balance=1e3)[0][0]
+    assert plain["cost"] > 100 * plain["loss"]
+    for of_rank in ranks(2, probe, cuts=[{"shard": 2}], micro=3, balance=1e3):
+        same(of_rank[0], plain)
