@@ -122,13 +122,17 @@ class Engine:
             self.model.set_requires_all_reduce(last)  # type: ignore[operator]
             self.model.set_reshard_after_backward(last or self.gather == "layer")  # type: ignore[operator]
             found = self.model(self._placed(batch))
-            sums = found if isinstance(found, Sums) else Sums(found, torch.zeros_like(found), ())
+            sums = found if isinstance(found, Sums) else None
+            loss = (found if sums is None else sums.loss) / labels
             if self._gradients is not None:
                 fsdp.keep_gradients_in(self.model, self._gradients)
-            ((sums.loss + sums.cost) / labels).backward()
-            total += sums.loss.detach() / labels
-            cost += sums.cost.detach() / labels
-            loads.append(sums.loads)
+            total += loss.detach()
+            if sums is not None:
+                charge = sums.cost / labels
+                cost += charge.detach()
+                loads.append(sums.loads)
+                loss = loss + charge
+            loss.backward()
         self.cost, self.loads = cost, [torch.stack(same).sum(0) for same in zip(*loads, strict=True)]
         self._parts.finish()
         return total

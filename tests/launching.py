@@ -4,6 +4,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from farspan.launch import cli
 from farspan.platform import metrics
 
 
@@ -16,3 +19,9 @@ def numbers(config: Path, folder: Path, *overrides: str) -> list[tuple[float, ..
     name = next(override.removeprefix("name=") for override in overrides if override.startswith("name="))
     lines = metrics.read(folder / "runs" / name)
     return [tuple(line.get(key) for key in ("step", "loss", "grad_norm", "eval_loss")) for line in lines]
+
+
+def refusal(config: Path, *overrides: str, capfd: pytest.CaptureFixture[str]) -> str:
+    """What a dry run here says of a configuration that it refuses."""
+    assert cli.main(["train", "--config", str(config), *overrides, "--dry-run"]) == 2
+    return capfd.readouterr().err

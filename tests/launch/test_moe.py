@@ -4,9 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from launching import numbers
+from launching import numbers, refusal
 
-from farspan.launch import cli
 from farspan.platform import metrics
 
 CONFIG = Path(__file__).parents[2] / "configs" / "moe.yaml"
@@ -48,5 +47,4 @@ def test_mistakes_are_named(
     arguments: list[str], message: str, corpus: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(corpus.parent)
-    assert cli.main(["train", "--config", str(CONFIG), *SMALL, *arguments, "--dry-run"]) == 2
-    assert message in capfd.readouterr().err
+    assert message in refusal(CONFIG, *SMALL, *arguments, capfd=capfd)

@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
+from launching import refusal
 
-from farspan.launch import cli
 from farspan.platform import metrics
 from processes import alive
 
@@ -113,6 +113,4 @@ def test_mistakes_are_named(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(corpus.parent)
-    path = str(CONFIGS / f"{config}.yaml")
-    assert cli.main(["train", "--config", path, *SMALL, *arguments, "--dry-run"]) == 2
-    assert message in capfd.readouterr().err
+    assert message in refusal(CONFIGS / f"{config}.yaml", *SMALL, *arguments, capfd=capfd)
