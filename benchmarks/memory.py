@@ -49,7 +49,7 @@ def main() -> None:
                 print(str(error)[-1500:], flush=True)
             print(row, flush=True)
             rows.append(row)
-    record("memory", rows)
+            record("memory", rows)  # so far: a run may be cut off
 
 
 def planned(config: str, overrides: list[str]) -> float:

@@ -344,6 +344,8 @@ def _blocks(  # type: ignore[no-untyped-def]
 
 
 def _launch_blocks(x: Tensor, side: int, straight: bool, transposed: bool) -> list[Tensor]:
+    if side == SIDE and straight and transposed:  # stored by one program, Triton 3.6 mixes the two up
+        return [*_launch_blocks(x, side, True, False), *_launch_blocks(x, side, False, True)]
     x, made = _dense(x), _blocks_shapes(x, side, straight, transposed)
     if side == SIDE:
         for scale in made[1::2]:
