@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from farspan.kernels.random import Normal
 from farspan.models.ffns import Ffn
-from farspan.models.ffns.moe import Tally
+from farspan.models.ffns.moe import MoeFfn, Tally
 from farspan.models.linear import Linear, Plain
 from farspan.models.mixers import Mixer
 from farspan.models.mixers.softmax import Angles
@@ -120,11 +120,12 @@ class Layer(nn.Module):
         tallies: list[Tally] = []
 
         def feed(h: Any) -> Tensor:
-            found = self.ffn(h)  # type: ignore[misc]
-            if isinstance(found, Tensor):
-                return found
-            tallies.append(found[1])
-            return found[0]
+            ffn = self.ffn
+            if not isinstance(ffn, MoeFfn):
+                return ffn(h)  # type: ignore[misc]
+            found, tally = ffn(h, documents)
+            tallies.append(tally)
+            return found
 
         if (mixer := self.mixer) is not None and not isinstance(self.mixer_norm, nn.Identity):
             norms = self.mixer_norm, self.mixer_norm_out

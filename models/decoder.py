@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from farspan.kernels.random import Normal
 from farspan.models.block import Block, NormPlacement
 from farspan.models.ffns import Moe
-from farspan.models.ffns.moe import Tally
+from farspan.models.ffns.moe import MoeFfn, RowSums, Tally, by_row
 from farspan.models.mixers.softmax import Angles, Softmax
 from farspan.models.norm import Layer, Norm, Rms
 from farspan.models.roles import RoleKind
 from farspan.models.rope import Rope
 from farspan.parallel.context import Context, Runtime
-from farspan.parallel.context.shard import IGNORE, Batch
+from farspan.parallel.context.shard import IGNORE, Batch, Documents
+from farspan.parallel.expert import Dispatcher, Local
 from farspan.parallel.placement import Column, Placement
 from farspan.parallel.sums import Sums
 from farspan.parallel.tensor import Vocabulary, Whole
@@ -88,6 +89,11 @@ class Decoder:
         return sum(block.repeat for block in self.blocks)
 
     @property
+    def routes(self) -> bool:
+        """Whether some layer has experts."""
+        return any(isinstance(block.ffn, Moe) for block in self.blocks)
+
+    @property
     def windowed(self) -> bool:
         """Whether most layers with softmax attention see a window only."""
         seen = [(block.mixer.window, block.repeat) for block in self.blocks if isinstance(block.mixer, Softmax)]
@@ -99,9 +105,14 @@ class Decoder:
         for i, block in enumerate(self.blocks):
             for problem in block.mixer.context_problems(context, cp, tp) if block.mixer else []:
                 found.setdefault(problem, i)
+        return [f"blocks.{i}.mixer: {problem}" for problem, i in found.items()]
+
+    def expert_problems(self, ep: int, etp: int) -> list[str]:
+        """What keeps the experts from being dealt out to `ep` ranks, and each of them to `etp`."""
         experts = {i: block.ffn for i, block in enumerate(self.blocks) if isinstance(block.ffn, Moe)}
-        uneven = [f"blocks.{i}.ffn.{problem}" for i, ffn in experts.items() for problem in ffn.context_problems(cp)]
-        return [f"blocks.{i}.mixer: {problem}" for problem, i in found.items()] + uneven
+        if ep * etp > 1 and not experts:
+            return [f"blocks: parallel.ep={ep}, etp={etp} are for experts, and none has ffn.kind=moe; set both to 1"]
+        return [f"blocks.{i}.ffn.{problem}" for i, f in experts.items() for problem in f.expert_problems(ep, etp)]
 
     def build(self, vocabulary: int, context: Runtime) -> "DecoderModel":
         """The model for a tokenizer of `vocabulary` tokens, on torch's current default device."""
@@ -131,6 +142,7 @@ class DecoderModel(nn.Module):
         self.runs = list(zip(accumulate([0, *repeats]), repeats, strict=False))
         """(first layer, how many) of each run of equal layers."""
         self.vocabulary: Vocabulary = Whole()
+        self.dispatcher: Dispatcher = Local()
         self.rotations = [layer.rotation for layer in layers]
         self.z_loss = config.z_loss
 
@@ -155,6 +167,8 @@ class DecoderModel(nn.Module):
         places in row 0): N V logits."""
         x = self.embed_norm(self.vocabulary.embed(batch.tokens, self.embed.weight))  # B T D
         angles, documents = self.angles(batch.positions), batch.documents
+        if batch.places is not None:
+            documents = documents._replace(places=self.vocabulary.part(batch.places))
         tallies: list[Tally] = []
         for layer, rotation in zip(self.layers, self.rotations, strict=True):
             x = layer(x, None if rotation is None else angles[rotation], documents)
@@ -168,9 +182,19 @@ class DecoderModel(nn.Module):
         loss = self.vocabulary.loss(self.norm(x), head, batch.labels, self.z_loss if learns else 0.0)
         if not tallies or not learns:
             return loss
-        labels = (batch.labels != IGNORE).sum(1)  # B
-        cost = torch.stack([tally.cost for tally in tallies]).sum(0) @ labels.to(tallies[0].cost.dtype)
-        return Sums(loss, cost, tuple(tally.load for tally in tallies))
+        return Sums(loss, self._charge(tallies, documents, batch), tuple(tally.given.sum(0) for tally in tallies))
+
+    def _charge(self, tallies: list[Tally], documents: Documents, batch: Batch) -> Tensor:
+        """What this rank's tokens are charged for uneven loads and large logits: one exchange for all layers."""
+        labels = self.vocabulary.part((batch.labels != IGNORE).to(tallies[0].given.dtype)).flatten()  # N
+        with torch.no_grad():
+            own = by_row(torch.stack((torch.ones_like(labels), labels), dim=1), documents, len(batch.tokens))
+            counts = [own, *(tally.given for tally in tallies)]
+            sums, *given = self.dispatcher.whole(torch.cat(counts, 1)).split([c.shape[1] for c in counts], 1)
+        rows = RowSums(*sums.unbind(1))
+        ffns = [layer.ffn for layer in self.layers if isinstance(layer.ffn, MoeFfn)]
+        parts = [f.charge(tally, all_of, rows) for f, tally, all_of in zip(ffns, tallies, given, strict=True)]
+        return torch.stack(parts).sum()
 
     def angles(self, positions: Tensor) -> dict[tuple[Rope, int], Angles]:
         """The rotations that the layers use, each computed once."""

@@ -15,10 +15,11 @@ from farspan.kernels.random import Normal
 from farspan.parallel import fsdp, recompute, tensor
 from farspan.parallel.context import Runtime
 from farspan.parallel.context.shard import Batch
+from farspan.parallel.expert import Dispatcher
 from farspan.parallel.fsdp import local
 from farspan.parallel.lane import lane_to
 from farspan.parallel.mesh import Gather, Mesh
-from farspan.parallel.placement import Pieces
+from farspan.parallel.placement import Folded, Pieces
 from farspan.parallel.stash import Stash
 from farspan.parallel.sums import Sums
 
@@ -59,22 +60,27 @@ class Engine:
         stashed: bool = False,
         compiled: bool = False,
         gather: Gather = "layer",
+        dispatcher: Dispatcher | None = None,
     ) -> None:
         """`model` lives on the meta device; `layers` are its units of sharding, `starts` its first values.
 
         context: what the model attends with; it cuts the batches, which the ranks of cp are all given whole.
+        dispatcher: how the model's experts meet tokens; None: all experts are here, or there are none.
         compute: the type of products; None: the weights' own. held: the types of weights and gradients between steps;
         None: the model's own.
         kept: what stays of each layer until its backward, as `recompute.apply` has it; None: all of it.
         stashed: what stays, stays in host memory.
         """
         shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
-        pieces = tensor.cut(model, mesh.sizes.tp)
-        if mesh.sizes.tp > 1:
+        sizes = mesh.sizes
+        pieces = tensor.cut(model, sizes.tp, sizes.ep, sizes.etp)
+        if sizes.tp > 1:
             tensor.spread(model, mesh.tensor)
+        if dispatcher is not None:
+            tensor.dispatch(model, dispatcher)
         self.stash = Stash(lane_to(mesh.device)) if stashed else None
         for layer in layers:
-            recompute.apply(layer, kept, mesh.sizes.tp, None if compiled else self.stash)
+            recompute.apply(layer, kept, sizes.tp, None if compiled else self.stash)
             if compiled:
                 layer.forward = torch.compile(layer.forward)
         if self.stash is not None:
@@ -82,8 +88,10 @@ class Engine:
         if held is not None:
             model.to(held.weights)
             compute = compute or torch.float32
-        fsdp.shard(model, layers, mesh, compute, gather)
+        folded = [(layer, unit) for layer in layers for unit in tensor.experts(layer)] if sizes.folded else []
+        fsdp.shard(model, layers, folded, mesh, compute, gather)
         model.to_empty(device=mesh.device)
+        self._dispatcher = dispatcher
         self._gradients = None if held is None or held.gradients == held.weights else held.gradients
         self.model, self.mesh, self.context, self.gather = model, mesh, context, gather
         self._parts = Parts(dict(model.named_parameters()), shapes, pieces, mesh)
@@ -134,12 +142,19 @@ class Engine:
                 loss = loss + charge
             loss.backward()
         self.cost, self.loads = cost, [torch.stack(same).sum(0) for same in zip(*loads, strict=True)]
+        if self.mesh.sizes.tp > 1 and loads:  # each rank of tp has other tokens
+            for part in (self.cost, *self.loads):
+                dist.all_reduce(part, group=self.mesh.tensor.handle)
         self._parts.finish()
         return total
 
     def _placed(self, batch: Batch) -> Batch:
         """This rank's part of the batch on the device, its rows as long as tp can cut them."""
-        return self.context.cut(batch).padded(self.mesh.sizes.tp).to(self.mesh.device)
+        tp = self.mesh.sizes.tp
+        mine = self.context.cut(batch).padded(tp).to(self.mesh.device)
+        if self._dispatcher is not None:
+            self._dispatcher.expect(mine.tokens.numel() // tp)
+        return mine
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum of a device tensor over the ranks that hold different data."""
@@ -157,9 +172,7 @@ class Engine:
         for copies in {self._parts.copies(name): None for name in norms}:
             alike = [norms[name] for name in self.weights if name in norms and self._parts.copies(name) == copies]
             squares += torch.stack(alike).double().square().sum() / copies
-        dist.all_reduce(squares, group=self.mesh.weights.get_group("shard"))  # copies in `replicate` are equal
-        if self.mesh.sizes.tp > 1:
-            dist.all_reduce(squares, group=self.mesh.tensor.handle)
+        dist.all_reduce(squares)
         return squares.sqrt()
 
     def clear(self) -> None:
@@ -171,10 +184,10 @@ class Engine:
         """Has `take(name, gradient)` called with this rank's part of each of these gradients, in the last backward of a
         step and as soon as it is whole; after that the engine holds nothing of it but its norm.
 
-        ValueError: tp makes gradients whole after the backward only.
+        ValueError: tp, ep and etp make gradients whole after the backward only.
         """
-        if self.mesh.sizes.tp > 1:
-            raise ValueError(f"parallel.tp={self.mesh.sizes.tp}: its gradients are whole after the last backward only")
+        if self.mesh.sizes.folded:
+            raise ValueError("parallel: with tp, ep or etp gradients are whole after the last backward only")
 
         def give(name: str, weight: Tensor) -> None:
             if self._last and weight.grad is not None and (gradient := local(weight.grad)).numel():
@@ -234,25 +247,27 @@ class Parts:
         self,
         held: Mapping[str, Tensor],
         shapes: Mapping[str, tuple[int, ...]],
-        pieces: Mapping[str, Pieces],
+        pieces: Mapping[str, Pieces | Folded],
         mesh: Mesh,
     ) -> None:
         self._held, self._shapes, self._pieces, self._mesh = held, shapes, pieces, mesh
         self.weights: dict[str, DTensor] = {name: self._whole(name, weight) for name, weight in held.items()}
 
     def copies(self, name: str) -> int:
-        """How many ranks of tp hold the same part of a weight."""
-        return self._pieces[name].copies
+        """How many ranks hold the same part of a weight."""
+        pieces = self._pieces[name]
+        return self._mesh.sizes.replicate * (pieces.copies if isinstance(pieces, Pieces) else 1)
 
     def finish(self) -> None:
         """After the last backward of a step: copies' gradients are summed, and every gradient is seen whole.
 
         What several ranks of tp hold has met other tokens or other heads on each: only the sum is its gradient.
         """
-        if self._mesh.sizes.tp == 1:
+        if not self._mesh.sizes.folded:
             return
-        for copies in sorted({pieces.copies for pieces in self._pieces.values()} - {1}):
-            shared = [w.grad for name, w in self._held.items() if w.grad is not None and self.copies(name) == copies]
+        dense = {name: pieces.copies for name, pieces in self._pieces.items() if isinstance(pieces, Pieces)}
+        for copies in sorted(set(dense.values()) - {1}):
+            shared = [w.grad for name, w in self._held.items() if w.grad is not None and dense.get(name) == copies]
             parts = [local(gradient) for gradient in shared]
             flat = torch.cat([part.flatten() for part in parts])
             dist.all_reduce(flat, group=self._mesh.pieces(copies).get_group("copies"))
@@ -268,12 +283,16 @@ class Parts:
 
     def _whole(self, name: str, tensor: Tensor) -> DTensor:
         """`tensor`, sharded like a held weight, as a part of the weight of whole shape; memory is shared."""
-        if self._mesh.sizes.tp == 1:
+        if not self._mesh.sizes.folded:
             assert isinstance(tensor, DTensor)
             return tensor
         pieces, shape = self._pieces[name], self._shapes[name]
-        mesh = self._mesh.pieces(pieces.copies)
-        placements = (Replicate(), Replicate(), Shard(pieces.dim), Replicate(), Shard(0))  # one for each axis of pieces
+        cut: tuple[Shard | Replicate, ...]
+        if isinstance(pieces, Folded):
+            mesh, cut = self._mesh.experts, (Shard(0), Shard(pieces.channels))
+        else:
+            mesh, cut = self._mesh.pieces(pieces.copies), (Shard(pieces.dim), Replicate())
+        placements = (Replicate(), Replicate(), *cut, Shard(0))  # one for each axis of EXPERTS or PIECES
         strides = tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
         return DTensor.from_local(
             local(tensor).detach(), mesh, placements, run_check=False, shape=torch.Size(shape), stride=strides

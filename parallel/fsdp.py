@@ -15,9 +15,17 @@ from farspan.parallel.mesh import Gather, Mesh
 
 
 def shard(
-    model: nn.Module, layers: Iterable[nn.Module], mesh: Mesh, compute: torch.dtype | None, gather: Gather
+    model: nn.Module,
+    layers: Iterable[nn.Module],
+    experts: Iterable[tuple[nn.Module, nn.Module]],
+    mesh: Mesh,
+    compute: torch.dtype | None,
+    gather: Gather,
 ) -> None:
     """Cuts `model` over the mesh in place; `compute` is the type of products, None for the weights' own.
+
+    experts: layers, and modules in them whose weights lie by the expert view of the mesh: units of their own, which
+    are gathered when their layer is.
 
     Gradients are plain sums over ranks, in fp32 where products are not fp64: the loss is divided by the global count of
     labels beforehand, so no other factor exists anywhere.
@@ -25,11 +33,24 @@ def shard(
     policy = MixedPrecisionPolicy(
         param_dtype=compute, reduce_dtype=None if compute is None else torch.float32, cast_forward_inputs=False
     )
+    frees = gather == "layer"
+    for layer, unit in experts:
+        fully_shard(unit, mesh=mesh.expert_weights, mp_policy=policy, reshard_after_forward=frees)
+        _along(layer, unit)
     for unit in [*layers, model]:
-        fully_shard(unit, mesh=mesh.weights, mp_policy=policy, reshard_after_forward=gather == "layer")
+        fully_shard(unit, mesh=mesh.weights, mp_policy=policy, reshard_after_forward=frees)
     for shards in units(model):
         shards.set_gradient_divide_factor(1.0)
         shards.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+
+
+def _along(layer: nn.Module, unit: nn.Module) -> None:
+    """Moves a unit's hooks to the layer that it is in: what is recomputed or compiled there has no gathers in it."""
+    state: Any = unit._get_fsdp_state()  # type: ignore[operator]
+    state._pre_forward_hook_handle.remove()
+    state._post_forward_hook_handle.remove()
+    state._pre_forward_hook_handle = layer.register_forward_pre_hook(state._pre_forward, prepend=True, with_kwargs=True)
+    state._post_forward_hook_handle = layer.register_forward_hook(state._post_forward)
 
 
 def keep_gradients_in(model: nn.Module, dtype: torch.dtype) -> None:

@@ -11,8 +11,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from farspan.parallel.comm import Group
 from farspan.parallel.context import Auto, Context
+from farspan.parallel.expert import Auto as AutoDispatch
+from farspan.parallel.expert import Axes, Dispatch, WeightGather
 
-Axis = Literal["pp", "dp", "cp", "tp", "edp", "ep", "etp", "replicate", "shard", "parts", "copies"]
+Axis = Literal["pp", "dp", "cp", "tp", "edp", "ep", "etp", "replicate", "shard", "parts", "copies", "expert_shard"]
 Gather = Literal["layer", "step"]
 Size = int | Literal["auto"]
 
@@ -64,6 +66,8 @@ class Parallel:
     """Ranks that cut each expert between them."""
     context: Context = Auto()
     """How attention spans the ranks of cp, and which rank holds which tokens; with cp = 1 it has no say."""
+    dispatch: Dispatch = AutoDispatch()
+    """How tokens and experts of the ranks of ep come together; with ep = 1 it has no say."""
     gather: Gather | Literal["auto"] = "auto"
     """How long a gathered weight stays: `layer` frees it after each forward and backward; `step` keeps it, in the type
     of products, through all micro-batches: fewer gathers for more memory. auto: step where shard is 1 and no optimizer
@@ -84,7 +88,7 @@ class Parallel:
         ]
         found += [
             f"parallel.{axis}={size}: this version trains with {axis}=1 only; give the ranks to dp, cp or tp"
-            for axis in ("pp", "ep", "etp")
+            for axis in ("pp",)
             if (size := getattr(self, axis)) > 1
         ]
         if found:
@@ -98,7 +102,17 @@ class Parallel:
         whole = world // self.pp // self.tp
         if self.shard != "auto" and whole % self.shard:
             return [f"parallel.shard={self.shard}: must divide dp·cp={whole}; try {_divisor(whole, self.shard)}"]
-        return self._zero_problems(whole) if isinstance(self.engine, Zero) else []
+        return self._expert_problems(whole) + (self._zero_problems(whole) if isinstance(self.engine, Zero) else [])
+
+    def _expert_problems(self, whole: int) -> list[str]:
+        """What keeps the experts from being dealt out to the ranks that hold one copy of all weights."""
+        one = (whole if self.shard == "auto" else self.shard) * self.tp
+        if one % (self.ep * self.etp) == 0:
+            return []
+        return [
+            f"parallel: ep={self.ep} · etp={self.etp} must divide the {one} ranks that hold one copy of the weights, "
+            f"shard · tp; try ep={_divisor(one, self.ep)}, etp=1"
+        ]
 
     def _zero_problems(self, whole: int) -> list[str]:
         """What DeepSpeed's engine cannot do with these sizes, `whole` ranks holding the weights between them."""
@@ -106,6 +120,9 @@ class Parallel:
             f"tp={self.tp}: engine.kind=zero cuts whole weights only; set tp: 1": self.tp > 1,
             f"shard={self.shard}: engine.kind=zero cuts over all {whole} ranks; set shard: auto": (
                 self.shard not in ("auto", whole)
+            ),
+            f"ep={self.ep}, etp={self.etp}: engine.kind=zero cuts whole weights only; set both to 1": (
+                self.ep * self.etp > 1
             ),
             f"gather={self.gather}: engine.kind=zero gathers by itself; set gather: auto": self.gather != "auto",
         }
@@ -122,7 +139,8 @@ class Parallel:
             raise ValueError("\n".join(problems))
         dp = world // (self.cp * self.tp * self.pp)
         shard = dp * self.cp if self.shard == "auto" else self.shard
-        return Sizes(pp=self.pp, dp=dp, cp=self.cp, tp=self.tp, ep=self.ep, etp=self.etp, shard=shard)
+        ep = 1 if isinstance(self.dispatch, WeightGather) else self.ep
+        return Sizes(pp=self.pp, dp=dp, cp=self.cp, tp=self.tp, ep=ep, etp=self.etp, shard=shard)
 
 
 def _divisor(whole: int, near: int) -> int:
@@ -154,6 +172,21 @@ class Sizes:
     def replicate(self) -> int:
         return self.dp * self.cp // self.shard
 
+    @property
+    def expert_shard(self) -> int:
+        """Ranks of edp that hold one copy of an expert between them."""
+        return self.shard * self.tp // (self.ep * self.etp)
+
+    @property
+    def folded(self) -> bool:
+        """Whether experts lie otherwise than all other weights."""
+        return self.ep * self.etp * self.tp > 1
+
+    def experts(self) -> torch.Tensor:
+        """All ranks by EXPERTS."""
+        ranks = torch.arange(self.world).view(self.pp, self.replicate, self.expert_shard, self.ep, self.etp)
+        return ranks.permute(0, 1, 3, 4, 2)
+
     def pieces(self, copies: int) -> torch.Tensor:
         """All ranks by PIECES, for weights of which `copies` ranks of tp hold the same part."""
         ranks = torch.arange(self.world).view(self.pp, self.replicate, self.shard, self.tp // copies, copies)
@@ -169,6 +202,7 @@ class Sizes:
 DENSE: tuple[Axis, ...] = ("pp", "dp", "cp", "tp")
 EXPERT: tuple[Axis, ...] = ("pp", "edp", "ep", "etp")
 PIECES: tuple[Axis, ...] = ("pp", "replicate", "parts", "copies", "shard")
+EXPERTS: tuple[Axis, ...] = ("pp", "replicate", "ep", "etp", "expert_shard")
 
 
 class Mesh:
@@ -202,6 +236,26 @@ class Mesh:
         return view["replicate", "shard"] if self.sizes.replicate > 1 else view["shard"]
 
     @cached_property
+    def experts(self) -> DeviceMesh:
+        """The ranks by EXPERTS: a weight of experts is cut over ep and etp first, and each part over `expert_shard`."""
+        return DeviceMesh(self.device.type, self.sizes.experts(), mesh_dim_names=EXPERTS)
+
+    @cached_property
+    def expert_weights(self) -> DeviceMesh:
+        """What a rank's part of a weight of experts is sharded over, as `weights` has it."""
+        view = self.experts
+        return view["replicate", "expert_shard"] if self.sizes.replicate > 1 else view["expert_shard"]
+
+    @cached_property
+    def expert_axes(self) -> Axes:
+        """The groups that layers of experts exchange in; all ranks ask for them together."""
+        sizes = self.sizes
+        folded = torch.arange(sizes.world).view(sizes.view(EXPERT))
+        ep, etp = (self._own(folded.movedim(EXPERT.index(axis), -1)) for axis in ("ep", "etp"))
+        mates = self._own(torch.arange(sizes.world).view(-1, sizes.cp * sizes.tp))
+        return Axes(ep=ep, etp=etp, mates=mates, hosts=Group(self.control))
+
+    @cached_property
     def tensor(self) -> Group:
         """The ranks that tensor parallelism spreads a layer over."""
         return Group(self.dense.get_group("tp"))
@@ -213,7 +267,15 @@ class Mesh:
         A group of its own even where it is all ranks: its messages must not queue behind the weights'.
         """
         ranks = torch.arange(self.sizes.world).view(self.sizes.view(DENSE)).movedim(DENSE.index("cp"), -1)
-        mine, _ = dist.new_subgroups_by_enumeration(ranks.reshape(-1, self.sizes.cp).tolist())
+        group = self._own(ranks)
+        assert group is not None
+        return group
+
+    def _own(self, ranks: torch.Tensor) -> Group | None:
+        """A new group for each line of the last axis, this rank's; None where a line is one rank."""
+        if ranks.shape[-1] == 1:
+            return None
+        mine, _ = dist.new_subgroups_by_enumeration(ranks.reshape(-1, ranks.shape[-1]).tolist())
         assert mine is not None
         return Group(mine)
 

@@ -1,4 +1,4 @@
-"""How a weight is cut over the tp axis: models declare it, `parallel.tensor` does it."""
+"""How a weight is cut over tp, or over ep and etp: models declare it, `parallel.tensor` does it."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,15 @@ class Row:
     """Cut along the inputs, dimension 1: each rank computes a part of every output, to be summed."""
 
 
-Placement = Column | Row
+@dataclass(frozen=True)
+class Expert:
+    """Cut along experts, dimension 0, over ep, and along their hidden channels over etp; tp leaves it alone."""
+
+    channels: int
+    """The dimension of the hidden channels."""
+
+
+Placement = Column | Row | Expert
 """A weight that declares none is held whole by every rank, and the ranks' gradients of it are summed."""
 
 
@@ -37,7 +45,31 @@ class Pieces:
         return rank // self.copies
 
 
-def pieces(placement: Placement | None, shape: tuple[int, ...], tp: int) -> Pieces:
+@dataclass(frozen=True)
+class Folded:
+    """A weight of experts: `ep` pieces along dimension 0, each of `etp` pieces along `channels`; no two are alike."""
+
+    ep: int
+    etp: int
+    channels: int
+
+    def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of one piece."""
+        cut = {0: self.ep, self.channels: self.etp}
+        return tuple(size // cut.get(i, 1) for i, size in enumerate(whole))
+
+
+def folded(placement: Expert, shape: tuple[int, ...], ep: int, etp: int) -> Folded:
+    """Where `placement` puts a weight of `shape`; ValueError when it cannot be cut so."""
+    for axis, ranks, what, dim in (("ep", ep, "experts", 0), ("etp", etp, "channels", placement.channels)):
+        if shape[dim] % ranks:
+            raise ValueError(
+                f"{shape[dim]} {what} cannot be dealt out to parallel.{axis}={ranks} ranks; divide them"
+            )
+    return Folded(ep, etp, placement.channels)
+
+
+def pieces(placement: Column | Row | None, shape: tuple[int, ...], tp: int) -> Pieces:
     """Where `placement` puts a weight of `shape` on `tp` ranks; ValueError when it cannot be cut so."""
     if placement is None:
         return Pieces(dim=0, parts=1, copies=tp)

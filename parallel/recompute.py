@@ -38,6 +38,8 @@ _LEFT |= {_aten.addmm.default: 1, _aten.baddbmm.default: 1, PRODUCT: 0, GROUPED_
 """Products, and which argument is the left factor."""
 _SUMS = {torch.ops._c10d_functional.reduce_scatter_tensor.default}
 """Exchanges that leave less than they take: keeping the sum spares the product before it as well."""
+_EXCHANGES = {torch.ops._c10d_functional.all_to_all_single.default}
+"""Rows that came from other ranks, which do not send them twice."""
 
 Call = tuple[OpOverload, int]
 """An op and how many of the same came before it in the layer: known alike to the trace, to a run and to a compiler."""
@@ -83,8 +85,8 @@ def _keeping(kept: frozenset[Call]) -> Callable[[], tuple[AbstractContextManager
 
 
 def _always() -> set[OpOverload]:
-    """Attention, and the choice of experts: from numbers that differ in a bit it would be another one."""
-    return {torch.ops.farspan.attend.default, torch.ops.farspan.attend_spread.default, ROUTE}
+    """Attention, the choice of experts (in numbers a bit apart it would be another one), and rows from elsewhere."""
+    return {torch.ops.farspan.attend.default, torch.ops.farspan.attend_spread.default, ROUTE} | _EXCHANGES
 
 
 def _contexts(kept: frozenset[Call]) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -121,7 +123,7 @@ class _Keep(TorchDispatchMode):
         call = func, self.counts[func]
         self.counts[func] += 1
         if func in self.always or call in self.kept:
-            if func in _SUMS:
+            if func in _SUMS | _EXCHANGES:
                 torch.ops._c10d_functional.wait_tensor(out)  # the layer's own wait comes after this
             self.shelf[call] = tree_map_only(Tensor, self.store.pack, out)
         return out

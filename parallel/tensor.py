@@ -1,4 +1,5 @@
-"""Tensor parallelism with cut sequences: layers split over heads and channels, norms and residuals over tokens."""
+"""Tensor parallelism with cut sequences: layers split over heads and channels, norms and residuals over tokens; experts
+split over ranks of their own view of the mesh."""
 
 from collections.abc import Iterator
 from functools import cache
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from farspan.kernels.linear_cross_entropy import linear_cross_entropy
 from farspan.parallel.comm import Group, gather, gather_rows, scatter
 from farspan.parallel.context.shard import IGNORE
-from farspan.parallel.placement import Pieces, Placement, pieces
+from farspan.parallel.expert import Dispatcher
+from farspan.parallel.placement import Expert, Folded, Pieces, Placement, folded, pieces
 
 
 class Vocabulary(Protocol):
@@ -22,6 +24,9 @@ class Vocabulary(Protocol):
 
     def embed(self, tokens: Tensor, table: Tensor) -> Tensor:
         """tokens: B T, table: this rank's rows of V D -> B T/tp D."""
+
+    def part(self, tokens: Tensor) -> Tensor:
+        """What is said of all tokens, B T -> of this rank's, B T/tp."""
 
     def loss(self, hidden: Tensor, head: Tensor, labels: Tensor, z_loss: float) -> Tensor:
         """hidden: B T/tp D, head: this rank's rows of V D, labels: B T -> summed loss in nats, alike on all of tp.
@@ -38,6 +43,9 @@ class Whole:
 
     def embed(self, tokens: Tensor, table: Tensor) -> Tensor:
         return F.embedding(tokens, table)
+
+    def part(self, tokens: Tensor) -> Tensor:
+        return tokens
 
     def loss(self, hidden: Tensor, head: Tensor, labels: Tensor, z_loss: float) -> Tensor:
         return linear_cross_entropy(hidden.flatten(0, 1), head, labels.flatten(), IGNORE, z_loss=z_loss)
@@ -57,6 +65,9 @@ class Spread:
         places = tokens - self.group.rank * table.shape[0]
         known = (places >= 0) & (places < table.shape[0])
         return scatter(F.embedding(torch.where(known, places, 0), table) * known.unsqueeze(-1), self.group)
+
+    def part(self, tokens: Tensor) -> Tensor:
+        return tokens.flatten().chunk(self.group.size)[self.group.rank].view(len(tokens), -1)
 
     def loss(self, hidden: Tensor, head: Tensor, labels: Tensor, z_loss: float) -> Tensor:
         first, every = self.group.rank * head.shape[0], labels.flatten()
@@ -80,35 +91,50 @@ def declared(model: nn.Module) -> Iterator[tuple[str, nn.Module, dict[str, Place
             yield path, module, module.placements()
 
 
-def cut(model: nn.Module, tp: int) -> dict[str, Pieces]:
+def cut(model: nn.Module, tp: int, ep: int = 1, etp: int = 1) -> dict[str, Pieces | Folded]:
     """Makes every declared weight of a model on the meta device one piece of itself; returns how, for all weights.
 
-    ValueError: a weight cannot be dealt out to `tp` ranks; the message names it.
+    ValueError: a weight cannot be dealt out to so many ranks; the message names it.
     """
     placements = {
         f"{path}.{name}" if path else name: placement
         for path, _, below in declared(model)
         for name, placement in below.items()
     }
-    found = {}
+    found: dict[str, Pieces | Folded] = {}
     for name, weight in list(model.named_parameters()):
+        placement, shape = placements.get(name), tuple(weight.shape)
         try:
-            found[name] = pieces(placements.get(name), tuple(weight.shape), tp)
+            if isinstance(placement, Expert):
+                found[name] = folded(placement, shape, ep, etp)
+            else:
+                found[name] = pieces(placement, shape, tp)
         except ValueError as error:
             raise ValueError(f"model: {name}: {error}") from error
         path, _, last = name.rpartition(".")
-        piece = torch.empty(found[name].shape(tuple(weight.shape)), dtype=weight.dtype, device=weight.device)
+        piece = torch.empty(found[name].shape(shape), dtype=weight.dtype, device=weight.device)
         model.get_submodule(path).register_parameter(last, nn.Parameter(piece))
     return found
 
 
 def spread(model: nn.Module, group: Group) -> None:
     """Lays a cut model's work over `group`: its parts take all tokens in, and give their share of the sum out."""
-    for path, module, _ in declared(model):
-        if path:
+    for path, module, placements in declared(model):
+        if path and not any(isinstance(placement, Expert) for placement in placements.values()):
             module.__class__ = _exchanging(type(module))  # type: ignore[arg-type]
             module.group = group  # type: ignore[assignment]
     model.vocabulary = Spread(group)  # type: ignore[assignment]
+
+
+def experts(model: nn.Module) -> list[nn.Module]:
+    """The modules whose weights are cut over ep and etp."""
+    return [module for _, module, below in declared(model) if any(isinstance(p, Expert) for p in below.values())]
+
+
+def dispatch(model: nn.Module, dispatcher: Dispatcher) -> None:
+    """Has a model's tokens meet its experts by `dispatcher`."""
+    for module in (model, *experts(model)):
+        module.dispatcher = dispatcher  # type: ignore[assignment]
 
 
 @cache

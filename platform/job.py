@@ -159,6 +159,8 @@ class Job:
             found.append(f"train.batch={self.train.batch}: must be a multiple of dp={dp}; try {near}")
         uneven = self.model.tensor_problems(self.parallel.tp) if self.parallel.tp > 1 else []
         found += [f"model.{problem}" for problem in uneven]
+        ep, etp = self.parallel.ep, self.parallel.etp
+        found += [f"model.{problem}" for problem in self.model.expert_problems(ep, etp)]
         if self.parallel.cp > 1 and not uneven:
             found += self._spread_problems()
         if isinstance(self.parallel.engine, Zero):
@@ -201,8 +203,9 @@ class Job:
                 f"train.micro_batch={micro}: {place} is for a single micro-batch a step, and a rank has {rows} rows; "
                 "set micro_batch: null and recompute: selective, or gradients: false"
             )
-        if self.parallel.tp > 1:
-            found.append(f"parallel.tp={self.parallel.tp}: {place} is for tp=1; set that, or gradients: false")
+        for axis in ("tp", "ep", "etp"):
+            if (size := getattr(self.parallel, axis)) > 1:
+                found.append(f"parallel.{axis}={size}: {place} is for {axis}=1; set that, or gradients: false")
         return found
 
     def _zero_problems(self) -> list[str]:

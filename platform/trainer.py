@@ -436,6 +436,7 @@ class Trainer:
             stashed=job.train.stashed,
             compiled=job.train.compile,
             gather=job.gathering(self.mesh.sizes),
+            dispatcher=job.parallel.dispatch.build(self.mesh.expert_axes) if job.model.routes else None,
         )
         return engine, whole.flops, roles(whole)
 

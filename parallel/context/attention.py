@@ -134,6 +134,8 @@ class Spread:
             positions=mine(batch.positions, 0),
             cu_seqlens=None,
             layout=encode(*arguments),
+            places=mine(batch.numbered(), -1),
+            whole=batch.shape,
         )
 
     def find(self, batch: Batch, at: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ IGNORE = -100
 
 
 class Documents(NamedTuple):
-    """Who may see whom among the B·T tokens laid end to end: what every mixer is told."""
+    """Who may see whom among the B·T tokens laid end to end, and which row each is of: what layers are told."""
 
     cu_seqlens: Tensor | None = None
     """int32, bounds of the documents; None: every row is one document."""
@@ -23,6 +23,11 @@ class Documents(NamedTuple):
     """int32, bounds of the prefixes over the places of `prefix`, one document's after the other's."""
     layout: Tensor | None = None
     """int64 on the host: which rank holds what, as `farspan.parallel.context.layout` writes it; None: all is here."""
+    places: Tensor | None = None
+    """int32, as many as the layer's tokens: where each lies in the whole micro-batch, its rows end to end, -1 for
+    padding; None: the layer's tokens are all there is, in this order."""
+    whole: tuple[int, int] = (0, 0)
+    """Rows and their length that `places` counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +58,28 @@ class Batch:
     """int32, bounds of the prefixes over the places of `prefix`."""
     layout: tuple[int, ...] | None = None
     """Which rank holds what of the documents, where the tokens are one rank's part; None: they are all here."""
+    places: Tensor | None = None
+    """B T int32: where each token lies in the whole micro-batch, its rows end to end, -1 for padding; None: these are
+    all, in this order."""
+    whole: tuple[int, int] | None = None
+    """Rows of the whole micro-batch and their length, where `places` counts them."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows of the whole micro-batch, and their length."""
+        rows, length = self.tokens.shape
+        return (rows, length) if self.whole is None else self.whole
 
     @property
     def documents(self) -> Documents:
         layout = None if self.layout is None else torch.tensor(self.layout, dtype=torch.int64)
-        return Documents(self.cu_seqlens, self.prefix, self.prefix_cu_seqlens, layout)
+        return Documents(self.cu_seqlens, self.prefix, self.prefix_cu_seqlens, layout, self.places, self.shape)
+
+    def numbered(self) -> Tensor:
+        """`places`, written out where nothing is elsewhere and nothing padding."""
+        if self.places is not None:
+            return self.places
+        return torch.arange(self.tokens.numel(), dtype=torch.int32).view(self.tokens.shape)
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`; copies from pinned memory do not block the host."""
@@ -84,6 +106,8 @@ class Batch:
             padding=self.padding + extra * len(self.tokens),
             cu_seqlens=moved(self.cu_seqlens),
             prefix=moved(self.prefix),
+            places=F.pad(self.numbered(), (0, extra), value=-1),
+            whole=self.shape,
         )
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Batch":

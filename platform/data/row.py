@@ -77,6 +77,7 @@ def collate(rows: Sequence[Row], end: int) -> Batch:
     labels = np.stack([row.labels for row in rows])
     lengths = [size for row in rows for size in row.lengths]
     prefix, prefix_bounds = _prefixes(rows, length)
+    padding = sum(row.padding for row in rows)
     return Batch(
         tokens=torch.from_numpy(np.stack([row.tokens for row in rows])),
         labels=torch.from_numpy(labels),
@@ -84,10 +85,19 @@ def collate(rows: Sequence[Row], end: int) -> Batch:
         cu_seqlens=None if len(lengths) == len(rows) else torch.from_numpy(_bounds(lengths)),
         lengths=tuple(size for row in rows for size in (row.lengths[:-1] if row.padding else row.lengths)),
         valid=int(np.count_nonzero(labels != IGNORE)),
-        padding=sum(row.padding for row in rows),
+        padding=padding,
         prefix=prefix,
         prefix_cu_seqlens=prefix_bounds,
+        places=_numbered(rows, length) if padding else None,
     )
+
+
+def _numbered(rows: Sequence[Row], length: int) -> torch.Tensor:
+    """B T int32: each token's place among all, -1 for what only fills up a row."""
+    numbers = np.arange(len(rows) * length, dtype=np.int32).reshape(len(rows), length)
+    for number, row in enumerate(rows):
+        numbers[number, length - row.padding :] = -1
+    return torch.from_numpy(numbers)
 
 
 def _filled_up(row: Row, length: int, end: int) -> Row:

@@ -171,7 +171,10 @@ def kernels_equal_their_twins(device: str, tokens: tuple[int, ...], cases: list[
             assert different(found[1], case.experts) and swapped <= max(0, count // 500), (score, case, swapped)
             exact = run(route_ref, logits.double(), dprobability.double(), case.k, **{**settings, "chosen": found[1]})
             again = run(route, logits, dprobability, case.k, **{**settings, "chosen": found[1]})
-            assert all(map(torch.equal, found, again))
+            assert torch.equal(found[1], again[1])
+            if device == "cpu":  # on a GPU two programs may round differently
+                assert all(map(torch.equal, found, again))
+            torch.testing.assert_close(again, found, rtol=1e-6, atol=1e-7 * case.scale)
             for ours, truth in ((found[0], exact[0]), (found[2], exact[2])):
                 assert ours.dtype == torch.float32 and ours.is_contiguous()
                 torch.testing.assert_close(ours.double(), truth, rtol=2e-5, atol=2e-6 * case.scale)

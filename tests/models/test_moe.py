@@ -13,15 +13,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from farspan.models.block import Block
 from farspan.models.decoder import Decoder, initial
 from farspan.models.ffns import Moe, Swiglu, moe
-from farspan.models.ffns.moe import MoeFfn, evenness
+from farspan.models.ffns.moe import MoeFfn, RowSums, Tally, evenness
 from farspan.models.linear import Fp8
 from farspan.models.mixers import Softmax
 from farspan.models.norm import Rms
 from farspan.models.roles import roles
 from farspan.parallel import recompute
-from farspan.parallel.context import Gather
 from farspan.parallel.context.local import Local
-from farspan.parallel.context.shard import IGNORE, Batch
+from farspan.parallel.context.shard import IGNORE, Batch, Documents
 from farspan.parallel.sums import Sums
 from farspan.platform.config import kind
 
@@ -63,7 +62,7 @@ def chosen_by(config: Moe, logits: Tensor) -> list[int]:
 
 def by_hand(config: Moe, module: MoeFfn, x: Tensor) -> Tensor:
     """Token by token, expert by expert."""
-    rows = []
+    rows, w13, w2 = [], module.experts.w13, module.experts.w2
     for token in x.flatten(0, 1):
         logits = module.router.weight @ token
         chosen = chosen_by(config, logits)
@@ -71,7 +70,7 @@ def by_hand(config: Moe, module: MoeFfn, x: Tensor) -> Tensor:
         if config.normalised and config.score != "softmax_after":
             p = p / p.sum()
         parts = [
-            p[i] * config.scale * (module.w2[e] @ (F.silu(module.w13[e, 0] @ token) * (module.w13[e, 1] @ token)))
+            p[i] * config.scale * (w2[e] @ (F.silu(w13[e, 0] @ token) * (w13[e, 1] @ token)))
             for i, e in enumerate(chosen)
         ]
         if module.shared is not None:
@@ -85,7 +84,7 @@ def by_hand(config: Moe, module: MoeFfn, x: Tensor) -> Tensor:
 def test_equals_one_expert_after_the_other(name: str) -> None:
     module = built(CHOICES[name])
     x = torch.randn(2, 7, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    (out, _), wanted = module(x), by_hand(CHOICES[name], module, x)
+    (out, _), wanted = module(x, Documents()), by_hand(CHOICES[name], module, x)
     torch.testing.assert_close(out, wanted)
     leaves = [x, *module.parameters()]
     found, expected = (torch.autograd.grad(y.sin().sum(), leaves) for y in (out, wanted))
@@ -97,7 +96,7 @@ def test_a_row_is_charged_by_definition(name: str) -> None:
     config, length = CHOICES[name], 9
     module = built(config)
     x = torch.randn(3, length, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).requires_grad_()
-    _, tally = module(x)
+    _, tally = module(x, Documents())
     costs, load = [], torch.zeros(config.experts)
     for row in x:
         logits = row @ module.router.weight.T
@@ -109,15 +108,18 @@ def test_a_row_is_charged_by_definition(name: str) -> None:
         balance = config.experts * ((given / (length * config.active)) * shares.mean(0)).sum()
         costs.append(config.balance * balance + config.z_loss * logits.exp().sum(-1).log().square().mean())
         load += given
-    wanted = torch.stack(costs)
-    torch.testing.assert_close(tally.cost, wanted)
-    torch.testing.assert_close(tally.load.float(), load.float())
-    if wanted.requires_grad and config.balance + config.z_loss:
-        weights = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64)
-        found, expected = (
-            torch.autograd.grad(cost @ weights, [x, module.router.weight]) for cost in (tally.cost, wanted)
-        )
+    torch.testing.assert_close(tally.given.sum(0).float(), load.float())
+    weights = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64)
+    cost, wanted = charge(module, tally, length, weights), torch.stack(costs) @ weights
+    torch.testing.assert_close(cost, wanted)
+    if config.balance + config.z_loss:
+        found, expected = (torch.autograd.grad(y, [x, module.router.weight]) for y in (cost, wanted))
         torch.testing.assert_close(found, expected)
+
+
+def charge(module: MoeFfn, tally: Tally, length: int, labels: Tensor) -> Tensor:
+    """Of rows of so many tokens."""
+    return module.charge(tally, tally.given, RowSums(torch.full_like(labels, length), labels))
 
 
 def test_even_loads_are_charged_least() -> None:
@@ -127,8 +129,9 @@ def test_even_loads_are_charged_least() -> None:
     with torch.no_grad():
         module.router.weight.copy_(1e3 * torch.eye(4))
     even, uneven = torch.eye(4)[None], torch.eye(4)[:1].expand(4, -1)[None]
-    assert abs(float(module(even.double())[1].cost.detach()) - 1) < 1e-6
-    assert abs(float(module(uneven.double())[1].cost.detach()) - 4) < 1e-6
+    one = torch.ones(1, dtype=torch.float64)
+    for tokens, cost in ((even, 1), (uneven, 4)):
+        assert abs(float(charge(module, module(tokens.double(), Documents())[1], 4, one).detach()) - cost) < 1e-6
     told = evenness([torch.tensor([2.0, 2, 2, 2]), torch.tensor([6.0, 2, 0, 0])])
     assert told["load_max"] == 3
     assert abs(float(told["load_entropy"]) - (0.75 * log(4 / 3) + 0.25 * log(4)) / log(4)) < 1e-6
@@ -138,7 +141,7 @@ def test_even_loads_are_charged_least() -> None:
 def test_flops_are_what_torch_counts(shared: int) -> None:
     module = Moe(experts=6, active=2, hidden=21, shared=shared).build(8, 2)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        module(torch.randn(1, 13, 8))
+        module(torch.randn(1, 13, 8), Documents())
     assert module.flops((4, 9)) == counter.get_total_flops()
 
 
@@ -146,7 +149,7 @@ def test_every_weight_has_a_beginning_and_a_role() -> None:
     layer = Block(mixer=None, ffn=Moe(experts=4, active=1, hidden=64, shared=64)).build(32, 2, Rms(), "pre", Local())
     assert {name for name, _ in layer.ffn.named_parameters()} == set(initial(layer.ffn))  # type: ignore[union-attr]
     kinds = {name: role.kind for name, role in roles(layer).items()}
-    assert kinds["ffn.router.weight"] == "router" and kinds["ffn.w13"] == kinds["ffn.w2"] == "matrix"
+    assert kinds["ffn.router.weight"] == "router" and kinds["ffn.experts.w13"] == kinds["ffn.experts.w2"] == "matrix"
     assert kind(Moe) == "moe"
 
 
@@ -166,7 +169,8 @@ def layered(keep: float | None, compiled: bool = False) -> tuple[Any, Tensor]:
 def gradients_of(layer: Any, x: Tensor) -> list[Tensor]:
     _, angles, documents = layer.example(2, 24)
     out, tally = layer(x, angles, documents)
-    return [out.detach(), *torch.autograd.grad(out.sin().sum() + tally.cost.sum(), [x, *layer.parameters()])]
+    total = out.sin().sum() + charge(layer.ffn, tally, 24, torch.ones(2))
+    return [out.detach(), *torch.autograd.grad(total, [x, *layer.parameters()])]
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -219,7 +223,7 @@ def test_the_model_adds_what_routers_charge() -> None:
     for layer in model.layers:
         found = layer(x, None, batch.documents)
         x, tally = found if isinstance(found, tuple) else (found, None)
-        wanted = wanted if tally is None else wanted + tally.cost @ torch.tensor([2.0, 6.0])
+        wanted = wanted if tally is None else wanted + charge(layer.ffn, tally, 6, torch.tensor([2.0, 6.0]))
     torch.testing.assert_close(sums.cost, wanted)
     with torch.no_grad():
         torch.testing.assert_close(model(batch), sums.loss)
@@ -243,8 +247,13 @@ def test_mistakes_are_named(fields: dict[str, Any], message: str) -> None:
 
 
 def test_what_cannot_be_combined_is_refused() -> None:
-    decoder = Decoder(width=32, blocks=(Block(mixer=Softmax(heads=2), ffn=PLAIN),))
-    assert decoder.tensor_problems(2)[0].startswith("blocks.0.ffn.kind=moe: its rows are balanced whole")
-    assert "parallel.cp=2" in decoder.context_problems(Gather(), 2, 1)[-1]
+    decoder = Decoder(width=32, blocks=(Block(mixer=Softmax(heads=2), ffn=CHOICES["softmax_after"]),))
+    assert decoder.tensor_problems(2) == ["blocks.0.ffn.shared: hidden=7: must be a multiple of parallel.tp=2"]
+    assert decoder.expert_problems(3, 5) == []
+    found = decoder.expert_problems(4, 2)
+    assert found[0] == "blocks.0.ffn.experts=6: must be a multiple of parallel.ep=4"
+    assert found[1] == "blocks.0.ffn.hidden=5: must be a multiple of parallel.etp=2"
+    dense = Decoder(width=32, blocks=(Block(mixer=None, ffn=Swiglu(hidden=4)),))
+    assert "parallel.ep=2, etp=1 are for experts" in dense.expert_problems(2, 1)[0]
     with pytest.raises(ValueError, match=r"blocks\.0\.linear: ffn\.experts: .* set linear: \{kind: plain\}"):
         Decoder(width=32, blocks=(Block(mixer=Softmax(heads=2), ffn=PLAIN, linear=Fp8()),))

@@ -11,21 +11,23 @@ from farspan.models.block import Block
 from farspan.models.decoder import Decoder, initial
 from farspan.models.ffns import Moe, Swiglu
 from farspan.models.mixers import Softmax
-from farspan.parallel.context.local import Local
+from farspan.parallel.context import Axis, Ring, Runtime
 from farspan.parallel.context.shard import IGNORE, Batch
 from farspan.parallel.engine import Engine
+from farspan.parallel.expert import AllGather, AllToAll, Auto, WeightGather
 from farspan.parallel.fsdp import full
 from farspan.parallel.mesh import Mesh, Parallel
 from farspan.platform.optim import Adamw
 
-VOCABULARY, LENGTH, ROWS = 60, 19, 8
+DISPATCH = {"auto": Auto(), "all_to_all": AllToAll(), "all_gather": AllGather(), "weight_gather": WeightGather()}
+VOCABULARY, LENGTH, ROWS = 64, 19, 8
 
 
 def model(balance: float) -> Decoder:
-    """5 and 3 experts, which ranks do not divide; the second layer's are chosen from groups, and few of them."""
-    many = Moe(experts=5, active=2, hidden=7, balance=balance, z_loss=0.1)
-    grouped = Moe(experts=6, active=1, hidden=5, shared=9, score="sigmoid", groups=3, kept_groups=1, balance=balance)
-    mixer = Softmax(heads=2, head_dim=6)
+    """16 and 8 experts, the second layer's are chosen from groups, and few of them."""
+    many = Moe(experts=16, active=3, hidden=8, balance=balance, z_loss=0.1)
+    grouped = Moe(experts=8, active=1, hidden=12, shared=8, score="sigmoid", groups=4, kept_groups=1, balance=balance)
+    mixer = Softmax(heads=4, head_dim=6)
     return Decoder(
         width=22,
         vocabulary=VOCABULARY,
@@ -55,6 +57,12 @@ def _batch(tokens: Tensor, labels: Tensor) -> Batch:
     )
 
 
+def runtime(parallel: Parallel, mesh: Mesh) -> Runtime:
+    if mesh.sizes.cp == 1:
+        return parallel.context.build()
+    return parallel.context.build(Axis(group=mesh.context, device=mesh.device, multiple=mesh.sizes.tp))
+
+
 def whole(tensor: Tensor) -> Tensor:
     return full(tensor).detach().clone()
 
@@ -64,12 +72,20 @@ def probe(cuts: list[dict[str, Any]], micro: int, kept: float | None = None, bal
     control = dist.new_group(backend="gloo")
     results = []
     for cut in cuts:
-        parallel = Parallel(**cut)
+        parallel = Parallel(**{**cut, "dispatch": DISPATCH[cut.get("dispatch", "auto")], "context": Ring()})
         mesh = Mesh(parallel.sizes(dist.get_world_size()), torch.device("cpu"), control)
+        context = runtime(parallel, mesh)
         with torch.device("meta"):
-            built = model(balance).build(VOCABULARY, Local())
+            built = model(balance).build(VOCABULARY, context)
         engine = Engine(
-            built, list(built.layers), initial(built), mesh, context=Local(), seed=3, kept=kept, gather="layer"
+            built,
+            list(built.layers),
+            initial(built),
+            mesh,
+            context=context,
+            seed=3,
+            kept=kept,
+            dispatcher=parallel.dispatch.build(mesh.expert_axes),
         )
         optimizer = Adamw(rate=1e-2).build(engine.weights, {}, 0)
         work = batches(mesh.index("dp"), mesh.sizes.dp, micro)
@@ -115,13 +131,52 @@ def test_micro_batches_and_recomputation_change_nothing(
     same(ranks(1, probe, cuts=[{}], micro=micro, kept=kept)[0][0], one_rank)
 
 
-CUTS: dict[int, list[dict[str, Any]]] = {2: [{"shard": 2}, {"shard": 1}], 4: [{"shard": 4}, {"shard": 2}]}
+A2A, GATHER, WEIGHTS = ({"dispatch": kind} for kind in ("all_to_all", "all_gather", "weight_gather"))
+CUTS: dict[int, list[dict[str, Any]]] = {
+    2: [
+        {"shard": 2},
+        {"shard": 1},
+        {"ep": 2, **A2A},
+        {"ep": 2, **GATHER},
+        {"ep": 2, **WEIGHTS},
+        {"etp": 2},
+        {"tp": 2},
+        {"tp": 2, "ep": 2, **A2A},
+        {"cp": 2},
+        {"cp": 2, "ep": 2, **GATHER},
+    ],
+    4: [
+        {"shard": 2, "ep": 2, **A2A},
+        {"ep": 4, **A2A},
+        {"ep": 2, "etp": 2, **A2A},
+        {"ep": 2, "etp": 2, **GATHER},
+        {"tp": 2, "ep": 4, **A2A},
+        {"tp": 2, "cp": 2, "etp": 2},
+        {"tp": 2, "cp": 2, "ep": 2, **A2A},
+        {"tp": 4, "ep": 2, **WEIGHTS},
+    ],
+    8: [
+        {"ep": 8, **A2A},
+        {"tp": 2, "cp": 2, "ep": 4, "etp": 2, **A2A},
+        {"tp": 2, "shard": 2, "ep": 4, **GATHER},
+        {"cp": 4, "ep": 2, "etp": 2, **A2A},
+    ],
+}
 
 
-@pytest.mark.parametrize(("world", "micro"), [pytest.param(2, 3, marks=pytest.mark.laws), (4, 1)])
-def test_ranks_equal_one_rank(ranks: Any, one_rank: dict[str, Any], world: int, micro: int) -> None:
-    for of_rank in ranks(world, probe, cuts=CUTS[world], micro=micro, kept=0.5 if world == 4 else None):
-        for found in of_rank:
+@pytest.mark.parametrize(
+    ("world", "micro", "kept"),
+    [
+        pytest.param(2, 3, None, marks=pytest.mark.laws),
+        (4, 1, 0.5),
+        pytest.param(4, 2, 0.0, marks=pytest.mark.laws),
+        pytest.param(8, 1, 0.0, marks=pytest.mark.laws),
+    ],
+)
+def test_ranks_equal_one_rank(ranks: Any, one_rank: dict[str, Any], world: int, micro: int, kept: float | None) -> None:
+    for of_rank in ranks(world, probe, cuts=CUTS[world], micro=micro, kept=kept):
+        for cut, found in zip(CUTS[world], of_rank, strict=True):
+            print(cut)
             same(found, one_rank)
 
 

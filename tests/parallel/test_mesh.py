@@ -49,7 +49,9 @@ def test_all_views_cover_the_same_ranks(world: int) -> None:
         (Parallel(dp=0), 4, r"parallel.dp=0: must be at least 1"),
         (Parallel(cp=4, tp=2), 4, r"cp=4 · tp=2 must be the 4 ranks of launch; launch.ranks=8 in all"),
         (Parallel(pp=2), 4, r"parallel.pp=2: this version trains with pp=1 only; give the ranks to dp, cp or tp"),
-        (Parallel(pp=2, ep=2), 4, r"parallel.pp=2.*\n.*parallel.ep=2"),
+        (Parallel(pp=2, dp=0), 4, r"parallel.dp=0.*\n.*parallel.pp=2"),
+        (Parallel(ep=2, etp=3), 4, r"ep=2 · etp=3 must divide the 4 ranks that hold one copy .*; try ep=2, etp=1"),
+        (Parallel(shard=2, ep=4), 4, r"ep=4 · etp=1 must divide the 2 ranks"),
     ],
 )
 def test_impossible_cuts_are_refused(parallel: Parallel, world: int, message: str) -> None:
