@@ -1,7 +1,8 @@
 """A layer of experts, forward and backward, on one GPU: TFLOP/s of its products (18 · T · K · I · D operations, 6 of
 them forward) with all that is around them: scores, choice, sort, rows to experts and back.
 
-`ours` chooses by softmax; `balanced` sends every expert the same number of tokens. `torch` is what one writes with
+`ours` is a model's own, and chooses by softmax; `balanced` sends every expert the same number of tokens; `copied` has
+its rows copied before the first product and its logits from one in fp32. `torch` is what one writes with
 `F.grouped_mm`: topk, argsort, index_select, three products, index_add. `bmm` is the ceiling, where all experts have
 the same rows and no row moves: three batched products each way, and SwiGLU between them.
 """
@@ -16,11 +17,14 @@ import torch
 import torch.nn.functional as F
 from record import record
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from triton.testing import do_bench
 
+from farspan.kernels.expert_layer import expert_layer
 from farspan.kernels.grouped_gemm import experts
 from farspan.kernels.permute import permute, sort, unpermute
 from farspan.kernels.route import route
+from farspan.kernels.router_logits import router_logits
 from farspan.kernels.swiglu import swiglu
 
 Layer = Callable[..., Tensor]
@@ -57,10 +61,15 @@ TINY = (Shape(128, 64, 32, 8, 2),)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tiny", action="store_true", help="a small layer on the CPU, to see whether all of this runs")
+    parser.add_argument("--profile", action="store_true", help="only what the first shape's time goes to, ours alone")
     parsed = parser.parse_args()
+    shapes, device = (TINY, torch.device("cpu")) if parsed.tiny else (SHAPES, torch.device("cuda"))
+    if parsed.profile:
+        print(profiled(shapes[0], device))
+        return
     rows: list[dict[str, Any]] = []
-    for shape in TINY if parsed.tiny else SHAPES:
-        for row in measure(shape, torch.device("cpu" if parsed.tiny else "cuda")):
+    for shape in shapes:
+        for row in measure(shape, device):
             print("  ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()), flush=True)
             rows.append(row)
         if not parsed.tiny:
@@ -68,31 +77,58 @@ def main() -> None:
             record("moe", rows, shapes="bf16, scores in fp32")  # so far: a run may be cut off
 
 
-def measure(shape: Shape, device: torch.device) -> Iterator[dict[str, Any]]:
+def given(shape: Shape, device: torch.device) -> list[Tensor]:
+    """Tokens, the router's weights, the experts' w13 and w2."""
     torch.manual_seed(0)
-    draw = {"device": device, "dtype": torch.bfloat16}
-    x = torch.randn(shape.tokens, shape.width, **draw)  # type: ignore[call-overload]
+    draw = partial(torch.randn, device=device, dtype=torch.bfloat16)
+    x = draw(shape.tokens, shape.width)
     router = torch.randn(shape.experts, shape.width, device=device) * shape.width**-0.5
-    w13 = torch.randn(shape.experts, 2, shape.hidden, shape.width, **draw) * shape.width**-0.5  # type: ignore[call-overload]
-    w2 = torch.randn(shape.experts, shape.width, shape.hidden, **draw) * shape.hidden**-0.5  # type: ignore[call-overload]
-    leaves = [tensor.requires_grad_() for tensor in (x, router, w13, w2)]
+    w13 = draw(shape.experts, 2, shape.hidden, shape.width) * shape.width**-0.5
+    w2 = draw(shape.experts, shape.width, shape.hidden) * shape.hidden**-0.5
+    return [tensor.requires_grad_() for tensor in (x, router, w13, w2)]
+
+
+def measure(shape: Shape, device: torch.device) -> Iterator[dict[str, Any]]:
+    leaves = given(shape, device)
     each = torch.arange(shape.tokens * shape.active, device=device, dtype=torch.int32)
     even = (each % shape.experts).view(shape.tokens, shape.active)
-    rows = torch.randn(shape.experts, each.numel() // shape.experts, shape.width, **draw).requires_grad_()  # type: ignore[call-overload]
+    rows = torch.randn(
+        shape.experts, each.numel() // shape.experts, shape.width, device=device, dtype=torch.bfloat16
+    ).requires_grad_()
     layers: dict[str, tuple[Layer, list[Tensor]]] = {
         "ours": (partial(ours, shape, None), leaves),
         "ours, balanced": (partial(ours, shape, even), leaves),
+        "copied": (partial(copied, shape), leaves),
         "torch": (partial(plain, shape), leaves),
-        "bmm": (batched, [rows, w13, w2]),
+        "bmm": (batched, [rows, *leaves[2:]]),
     }
-    for name, (layer, given) in layers.items():
+    for name, (layer, tensors) in layers.items():
         row: dict[str, Any] = {"shape": str(shape), "by": name, "forward ms": "", "backward ms": ""}
         row |= {"forward TFLOP/s": "", "backward TFLOP/s": "", "GB": "", "note": ""}
         try:
-            row |= timed(layer, given, shape.operations, device)
+            row |= timed(layer, tensors, shape.operations, device)
         except (RuntimeError, torch.cuda.OutOfMemoryError) as error:
             row["note"] = str(error).splitlines()[0][:120]
         yield row
+
+
+def profiled(shape: Shape, device: torch.device) -> str:
+    """The 25 kernels of one forward and backward that take the longest; on the CPU, operators."""
+    leaves, on_gpu = given(shape, device), device.type == "cuda"
+    upstream = torch.randn_like(leaves[0])
+
+    def both() -> None:
+        torch.autograd.grad(ours(shape, None, *leaves), leaves, upstream)
+        if on_gpu:
+            torch.cuda.synchronize()
+
+    for _ in range(3):
+        both()
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as found:
+        both()
+    order = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
+    table: str = found.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=90)
+    return f"{shape}\n{table}"
 
 
 def timed(layer: Layer, leaves: list[Tensor], operations: int, device: torch.device) -> dict[str, Any]:
@@ -123,7 +159,12 @@ def timed(layer: Layer, leaves: list[Tensor], operations: int, device: torch.dev
 
 
 def ours(shape: Shape, chosen: Tensor | None, x: Tensor, router: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
-    probabilities, chosen = route(x.float() @ router.T, shape.active, score="softmax", chosen=chosen)
+    probabilities, chosen = route(router_logits(x, router), shape.active, score="softmax", chosen=chosen)
+    return expert_layer(x, w13, w2, probabilities, sort(chosen, shape.experts))
+
+
+def copied(shape: Shape, x: Tensor, router: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
+    probabilities, chosen = route(x.float() @ router.T, shape.active, score="softmax")
     order = sort(chosen, shape.experts)
     share = probabilities.flatten()[order.rows]
     return unpermute(experts(permute(x, order), w13, w2, share, order.ends), order)

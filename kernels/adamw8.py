@@ -53,10 +53,12 @@ class Place:
         first = sum(o * prod(self.shape[axis + 1 :]) for axis, o in enumerate(self.offset))
         if len(block) < 2:
             return first, max(1, prod(block)), 1, 0, 0
-        rows = prod(block[1:-1])
-        if len(block) > 3 and block[2:-1] != self.shape[2:-1]:
-            raise ValueError(f"a weight {self.shape} cut to {block}: only its first two axes and its last may be cut")
-        return first, block[-1], rows, prod(self.shape[1:]), self.shape[-1]
+        whole = [axis for axis in range(1, len(block) - 1) if block[axis] == self.shape[axis]]
+        cut = next((axis for axis in range(1, len(block) - 1) if axis not in whole), 1)
+        if any(axis not in whole for axis in range(1, len(block) - 1) if axis != cut):
+            raise ValueError(f"a weight {self.shape} cut to {block}: only its first axis, one more and its last may")
+        # What lies before the second cut axis is whole but for the first, and counts planes as that does.
+        return first, block[-1], prod(block[cut:-1]), prod(self.shape[cut:]), self.shape[-1]
 
 
 @dataclass(frozen=True)

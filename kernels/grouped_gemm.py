@@ -153,7 +153,7 @@ def _run_grouped_mm(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     if inner or outer:
         a, b = F.pad(a, (0, inner)), F.pad(b, (0, outer, 0, inner))
     out = F.grouped_mm(_fitting(a), _fitting(b), offs=ends)[:, :width].contiguous()
-    _clear_tail(out, ends)
+    clear_tail(out, ends)
     return out
 
 
@@ -186,9 +186,9 @@ def _fitting(x: Tensor) -> Tensor:
     return x if (by_rows or by_columns) and even else x.clone(memory_format=torch.contiguous_format)
 
 
-def _clear_tail(out: Tensor, ends: Tensor) -> None:
+def clear_tail(out: Tensor, ends: Tensor) -> None:
     """Zeros in rows ends[-1] to M of out: M N."""
-    _clear[(512,)](out, ends, ends.shape[0], *out.shape, tail=True, block=4096, num_warps=8)
+    _clear[(512 if out.is_cuda else 2,)](out, ends, ends.shape[0], *out.shape, tail=True, block=4096, num_warps=8)
 
 
 def _clear_empty(out: Tensor, ends: Tensor) -> None:

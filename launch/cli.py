@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from farspan.launch import convert, data, pulse
+from farspan.launch import convert, data, exports, imports, pulse
 from farspan.launch.exit import Exit
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_worker(commands)
     data.add(commands)
     convert.add(commands)
+    imports.add(commands)
+    exports.add(commands)
     verify = commands.add_parser("verify", help="check every byte of a checkpoint against its manifest")
     verify.add_argument("checkpoint", type=Path, help="runs/NAME/checkpoints/step-N, or runs/NAME for all of them")
     verify.set_defaults(run=_verify)

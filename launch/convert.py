@@ -1,18 +1,15 @@
 """`launch convert`: a run goes on under another optimizer, or with moments from elsewhere, as a new run."""
 
 import argparse
-import fcntl
-import os
 import shutil
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from farspan.launch.exit import Exit
+from farspan.launch.making import HF, farewell, finish, making, newest, reading, source_of, target_of, weights_of
 
 if TYPE_CHECKING:  # torch takes a second to import: help does without
     from torch import Tensor
@@ -75,58 +72,18 @@ class Change:
 
 
 def _convert(parsed: argparse.Namespace) -> int:
-    old, new = _places(parsed.old, parsed.new)
+    old = source_of(parsed.old)
+    new = target_of(parsed.new, old.parent)
     if parsed.names is not None and parsed.state is None:
         raise ValueError(f"--names {parsed.names}: goes with --state, whose parameters it names")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is unfinished goes away, as with Ctrl-C
-    with _reading(old):
+    with reading(old):
         change = _change(old, new, parsed.overrides)
         _ = change.optims
         imported = _imported(parsed.state, parsed.names)
-        aside = new.with_name(f".{new.name}.{os.getpid()}.tmp")
-        try:
-            aside.mkdir(parents=True)
+        with making(new) as aside:
             said = _make(old, aside, change, imported)
-            if new.exists():
-                raise ValueError(f"{new}: exists by now; name another")
-            aside.rename(new)
-        except OSError as error:
-            raise ValueError(f"{new}: could not be made ({error}); make room, or name another place") from error
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-    print(f"{said}\nrun folder: {os.path.relpath(new)}; go on with it:")
-    runs = "" if new.parent == Path("runs").absolute() else f" --runs {os.path.relpath(new.parent)}"
-    print(f"  launch train --config {os.path.relpath(new)}/config.yaml{runs} --resume")
+    print(f"{said}\n{farewell(new)}")
     return int(Exit.DONE)
-
-
-def _places(old: str, new: str) -> tuple[Path, Path]:
-    """Folders, absolute. ValueError: there is no run to read, or something where the new one goes."""
-    source = Path(old) if Path(old).is_dir() or len(Path(old).parts) > 1 else Path("runs") / old
-    if not (source / "config.yaml").is_file():
-        raise ValueError(f"{source}: is no run (it has no config.yaml); give runs/NAME")
-    target = source.absolute().parent / new if len(Path(new).parts) == 1 else Path(new).absolute()
-    if target.exists():
-        raise ValueError(f"{target}: exists, and nothing is ever overwritten; name another")
-    return source.absolute(), target
-
-
-@contextmanager
-def _reading(folder: Path) -> Iterator[None]:
-    """While it lasts nobody trains the run. ValueError: somebody does."""
-    lock = folder / ".lock"
-    if not lock.exists():
-        yield
-        return
-    with lock.open() as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            owner = stream.read().strip()
-            raise ValueError(f"{folder} is in use by process {owner}; wait for it or stop it") from error
-        except OSError:  # a file system without locks: then only care helps
-            pass
-        yield
 
 
 def _change(old: Path, new: Path, overrides: list[str]) -> Change:
@@ -172,11 +129,11 @@ def _imported(state: Path | None, names: Path | None) -> "Imported | None":
 def _make(old: Path, folder: Path, change: Change, imported: "Imported | None") -> str:
     """Fills the new folder; what is to be said of it."""
     from farspan.launch import pulse
-    from farspan.platform import checkpoint, config
+    from farspan.platform import config
     from farspan.platform.checkpoint import folder_of, manifest_of
     from farspan.platform.stored import store
 
-    step = _newest(old / "checkpoints")
+    step = newest(old / "checkpoints", "convert")
     manifest = manifest_of(source := folder_of(old / "checkpoints", step))
     world = manifest["mesh"]["world"]
     if problems := [p for p in change.job.problems(world) if p not in change.was.problems(world)]:
@@ -186,11 +143,10 @@ def _make(old: Path, folder: Path, change: Change, imported: "Imported | None") 
     for name in KEPT:
         if (old / name).exists():
             shutil.copyfile(old / name, folder / name)
-    (folder / "logs").mkdir()
-    checkpoint.replace(folder / "config.yaml", config.dump(change.tree))
-    status = {"state": "preempted", "exit_code": int(Exit.PREEMPTED), "step": step}
+    if (old / HF).is_dir():
+        shutil.copytree(old / HF, folder / HF)
     attempt = pulse.read(old / "status.json").get("attempt", 0)
-    pulse.publish(folder / "status.json", {**status, "reason": f"converted from {change.was.name}", "attempt": attempt})
+    finish(folder, change.tree, step=step, reason=f"converted from {change.was.name}", attempt=attempt)
     sizes = [
         sum(file["size"] for file in manifest_of(folder_of(run / "checkpoints", step))["files"])
         for run in (old, folder)
@@ -200,33 +156,15 @@ def _make(old: Path, folder: Path, change: Change, imported: "Imported | None") 
     return f"step {step}: {kinds[0]}, {sizes[0] / 1e6:,.1f} MB -> {kinds[1]}, {sizes[1] / 1e6:,.1f} MB{moments}"
 
 
-def _newest(root: Path) -> int:
-    """The newest step whose checkpoint verifies; those passed over stay where they are."""
-    from farspan.platform.checkpoint import folder_of, steps_in, verify
-
-    steps = steps_in(root)
-    for step in steps:
-        if not (problems := verify(folder_of(root, step))):
-            return step
-        print(f"warning: checkpoint {folder_of(root, step)} does not verify and is passed over: {problems[0]}")
-    found = f"none of its {len(steps)} checkpoints verifies" if steps else "holds no checkpoint"
-    raise ValueError(f"{root}: {found}; there is nothing to convert")
-
-
 def _tensors(
     source: Path, manifest: Mapping[str, Any], change: Change, imported: "Imported | None"
 ) -> "Iterator[tuple[str, Tensor]]":
     """Those of the new checkpoint. ValueError: the old one's are not those of its configuration, or of the file."""
-    import torch
-
-    from farspan.models.roles import roles
     from farspan.platform.optim.convert import convert, layout
     from farspan.platform.stored import Stored
 
-    job, (old, new) = change.was, change.optims
-    with torch.device("meta"):
-        model = job.model.build(job.data.vocabulary, job.parallel.context.build())
-    shapes, known = {name: tuple(weight.shape) for name, weight in model.named_parameters()}, roles(model)
+    old, new = change.optims
+    shapes, known = weights_of(change.was)
     wanted = {n: {"shape": list(t.shape), "dtype": str(t.dtype)} for n, t in layout(old, shapes, known).items()}
     saved = manifest["tensors"]
     if wrong := [name for name in {**wanted, **saved} if wanted.get(name) != saved.get(name)]:

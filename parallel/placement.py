@@ -63,9 +63,7 @@ def folded(placement: Expert, shape: tuple[int, ...], ep: int, etp: int) -> Fold
     """Where `placement` puts a weight of `shape`; ValueError when it cannot be cut so."""
     for axis, ranks, what, dim in (("ep", ep, "experts", 0), ("etp", etp, "channels", placement.channels)):
         if shape[dim] % ranks:
-            raise ValueError(
-                f"{shape[dim]} {what} cannot be dealt out to parallel.{axis}={ranks} ranks; divide them"
-            )
+            raise ValueError(f"{shape[dim]} {what} cannot be dealt out to parallel.{axis}={ranks} ranks; divide them")
     return Folded(ep, etp, placement.channels)
 
 

@@ -21,8 +21,10 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from farspan.kernels.fp8 import PRODUCT
+from farspan.kernels.gathered_gemm import GATHERED
 from farspan.kernels.grouped_gemm import GROUPED_MM
 from farspan.kernels.route import ROUTE
+from farspan.kernels.router_logits import ROUTER_LOGITS
 
 Recompute = Literal["none", "block", "selective", "offload"]
 
@@ -34,7 +36,8 @@ TOKENS = 64
 
 _aten = torch.ops.aten
 _LEFT = {_aten.mm.default: 0, _aten.bmm.default: 0, _aten._grouped_mm.default: 0}
-_LEFT |= {_aten.addmm.default: 1, _aten.baddbmm.default: 1, PRODUCT: 0, GROUPED_MM: 0}
+_LEFT |= {_aten.addmm.default: 1, _aten.baddbmm.default: 1, PRODUCT: 0}
+_LEFT |= {GROUPED_MM: 0, GATHERED: 0, ROUTER_LOGITS: 0}
 """Products, and which argument is the left factor."""
 _SUMS = {torch.ops._c10d_functional.reduce_scatter_tensor.default}
 """Exchanges that leave less than they take: keeping the sum spares the product before it as well."""

@@ -1,5 +1,6 @@
 """What a job will be, before any process starts: parameters, operations, mesh, memory."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,6 +23,7 @@ class Memory:
 
     weights: int
     gradients: int
+    """Beside the activations: of a single micro-batch they come as those go."""
     optimizer: int
     gathered: int
     """The whole weights of the units that live at once: embedding, head and two layers, or all."""
@@ -60,6 +62,8 @@ class Plan:
     def lines(self) -> list[str]:
         sizes, memory, spread = self.sizes, self.memory, self.sizes.cp > 1
         axes = " · ".join(f"{axis}={getattr(sizes, axis)}" for axis in ("pp", "dp", "cp", "tp"))
+        if sizes.ep * sizes.etp > 1:
+            axes += " = " + " · ".join(f"{axis}={getattr(sizes, axis)}" for axis in ("pp", "edp", "ep", "etp"))
         parts = "  ".join(f"{name} {_bytes(size)}" for name, size in memory.device.items())
         host = f"; about {_bytes(memory.host)} of host memory" if memory.host else ""
         context = f", context {self.context}" if spread else ""
@@ -80,13 +84,14 @@ def plan(job: Job, world: int, device: str) -> Plan:
     length = job.data.sequence_length
     with torch.device("meta"):
         whole, held = (job.model.build(job.data.vocabulary, job.parallel.context.build()) for _ in range(2))
-    tensor.cut(held, sizes.tp)
+    tensor.cut(held, sizes.tp, sizes.ep, sizes.etp)
     rows = job.train.batch // sizes.dp
     micro = min(job.train.micro_batch or rows, rows)
     compute = compute_type(job, torch.device(device)) or torch.float32
     cut = (micro, length) if sizes.cp == 1 else (1, _part(micro * length, sizes))
     memory = _memory(job, held, sizes, cut, compute)
     memory = _under_offload(job, memory, _states(job, whole, held, sizes))
+    zero = isinstance(job.parallel.engine, Zero)
     return Plan(
         parameters=sum(weight.numel() for weight in whole.parameters()),
         flops_per_token=3 * whole.flops((length,)) / length,
@@ -95,8 +100,15 @@ def plan(job: Job, world: int, device: str) -> Plan:
         micro_batches=-(-rows // micro),
         tokens_per_step=job.train.batch * length,
         tokens_at_once=cut[0] * cut[1],
-        memory=_under_zero(job, memory, held, sizes, compute),
+        memory=_under_zero(job, memory, held, sizes, compute) if zero else _at_once(memory, -(-rows // micro)),
     )
+
+
+def _at_once(memory: Memory, micro_batches: int) -> Memory:
+    """A second micro-batch's activations find all gradients there; a single one's go, layer by layer, as they come."""
+    if micro_batches > 1:
+        return memory
+    return replace(memory, gradients=max(0, memory.gradients - memory.activations))
 
 
 def _part(tokens: int, sizes: Sizes) -> int:
@@ -111,14 +123,14 @@ def _memory(job: Job, model: DecoderModel, sizes: Sizes, cut: tuple[int, int], c
     """
     weights = sum(weight.numel() for weight in model.parameters())
     layers = [sum(weight.numel() for weight in layer.parameters()) for layer in model.layers]
-    root = weights - sum(layers)
+    root, part = weights - sum(layers), sum(weight.numel() // ranks for _, weight, ranks in _shared(model, sizes))
     head = model.embed.weight
     held = held_types(job, sizes.dp, compute)
     activations, host = _activations(job, model.to(compute), *cut)
     chunk = min(1 << 27, cut[0] * cut[1] * head.shape[0])
     return Memory(
-        weights=held.weights.itemsize * weights // sizes.shard,
-        gradients=held.gradients.itemsize * weights // sizes.shard,
+        weights=held.weights.itemsize * part,
+        gradients=held.gradients.itemsize * part,
         optimizer=0,
         gathered=(weights if job.gathering(sizes) == "step" else root + 2 * max(layers)) * compute.itemsize,
         activations=activations,
@@ -127,15 +139,22 @@ def _memory(job: Job, model: DecoderModel, sizes: Sizes, cut: tuple[int, int], c
     )
 
 
+def _shared(model: DecoderModel, sizes: Sizes) -> Iterator[tuple[str, torch.nn.Parameter, int]]:
+    """(name, weight, between how many ranks it is sharded) of all weights of a cut model."""
+    folded = {id(weight) for experts in tensor.experts(model) for weight in experts.parameters()}
+    for name, weight in model.named_parameters():
+        yield name, weight, sizes.expert_shard if sizes.folded and id(weight) in folded else sizes.shard
+
+
 def _states(job: Job, whole: DecoderModel, held: DecoderModel, sizes: Sizes) -> list[int]:
     """Bytes of one rank's optimizer state: of what is in no layer, and of each layer."""
-    known, pieces = roles(whole), dict(held.named_parameters())
+    known, wholes = roles(whole), dict(whole.named_parameters())
     found = [0] * (1 + len(whole.layers))
-    for name, weight in whole.named_parameters():
+    for name, piece, ranks in _shared(held, sizes):
         _, _, rest = name.partition("layers.")
-        state = job.optim.state_bytes(tuple(weight.shape), known[name])
-        found[1 + int(rest.partition(".")[0]) if rest else 0] += state * pieces[name].numel() // weight.numel()
-    return [state // sizes.shard for state in found]
+        state = job.optim.state_bytes(tuple(wholes[name].shape), known[name])
+        found[1 + int(rest.partition(".")[0]) if rest else 0] += state * piece.numel() // wholes[name].numel() // ranks
+    return found
 
 
 def _under_offload(job: Job, memory: Memory, states: list[int]) -> Memory:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from farspan.kernels.grouped_gemm import experts
+from farspan.kernels.expert_layer import expert_layer
 from farspan.kernels.permute import Order, permute, sort, unpermute
 from farspan.parallel.comm import Group, gather, gather_rows, scatter
 
@@ -72,7 +72,7 @@ class Local:
 
     def run(self, tokens: Tensor, chosen: Tensor, probability: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
         if tokens.is_meta:  # to be measured: as many tokens come as go
-            return _through(tokens, sort(chosen, len(w13)), probability, w13, w2)
+            return expert_layer(tokens, w13, w2, probability, sort(chosen, len(w13)))
         count = len(tokens)
         if missing := max(0, self._most - count):
             tokens, probability = (F.pad(x, (0, 0, 0, missing)) for x in (tokens, probability))
@@ -90,7 +90,7 @@ class Local:
 
     def _meet(self, tokens: Tensor, chosen: Tensor, probability: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
         """tokens: of all etp."""
-        return _through(tokens, sort(chosen, len(w13)), probability, w13, w2)
+        return expert_layer(tokens, w13, w2, probability, sort(chosen, len(w13)))
 
 
 class Gathered(Local):
@@ -105,7 +105,7 @@ class Gathered(Local):
     def _meet(self, tokens: Tensor, chosen: Tensor, probability: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
         tokens, probability = (gather(x.unsqueeze(0), self.ep).squeeze(0) for x in (tokens, probability))
         mine = gather_rows(chosen, self.ep).flatten(0, 1) - self.ep.rank * len(w13)
-        found = _through(tokens, sort(mine, len(w13)), probability, w13, w2)
+        found = expert_layer(tokens, w13, w2, probability, sort(mine, len(w13)))
         return scatter(found.unsqueeze(0), self.ep).squeeze(0)
 
 
@@ -119,6 +119,7 @@ class Exchanged(Local):
         super().__init__(axes)
         self.ep = ep
 
+    @torch.compiler.disable  # its sizes are in nobody's graph
     def _meet(self, tokens: Tensor, chosen: Tensor, probability: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
         count, ranks = len(w13), self.ep.size
         owner = chosen.div(count, rounding_mode="floor")
@@ -134,13 +135,7 @@ class Exchanged(Local):
         guests, share = (exchange(permute(x, order), *there, self.ep) for x in (tokens, probability))
         seats = sort(mine, count)
         seats = Order(rows=seats.rows[: sum(visits)], places=seats.places, ends=seats.ends)
-        return unpermute(exchange(_through(guests, seats, share, w13, w2), *back, self.ep), order)
-
-
-def _through(tokens: Tensor, order: Order, probability: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
-    """The sum of every token's experts, those of w13 and w2 that it has chosen."""
-    share = probability.flatten()[order.rows.long()]
-    return unpermute(experts(permute(tokens, order), w13, w2, share, order.ends), order)
+        return unpermute(exchange(expert_layer(guests, w13, w2, share, seats), *back, self.ep), order)
 
 
 def _once(owner: Tensor) -> Tensor:

@@ -215,7 +215,7 @@ def only_what_nobody_wrote_is_cleared(device: str, dtype: torch.dtype, width: in
     for stops in ([0, 3, 3, 9], [5, 5, 5, 5], [0, 0, 0, 0], [2, 4, 6, 11]):
         ends = torch.tensor([7, *stops, 7], dtype=torch.int32, device=device)[1:-1]
         bands = torch.full((11 * width + 64,), torch.nan, dtype=dtype, device=device)
-        ops._clear_tail(bands[32:-32].view(11, width), ends)
+        ops.clear_tail(bands[32:-32].view(11, width), ends)
         wanted = torch.full_like(bands, torch.nan)
         wanted[32:-32].view(11, width)[stops[-1] :] = 0
         torch.testing.assert_close(bands, wanted, rtol=0, atol=0, equal_nan=True)
@@ -489,7 +489,7 @@ def test_gpu_products_reach_beyond_32_bits() -> None:
     torch.testing.assert_close(out[:5], a[:5] @ b[0], rtol=8e-3, atol=1e-2)
     assert not out[-3:].any()
     out.fill_(torch.nan)
-    ops._clear_tail(out, torch.tensor([0, 1], dtype=torch.int32, device="cuda"))
+    ops.clear_tail(out, torch.tensor([0, 1], dtype=torch.int32, device="cuda"))
     assert out[0].isnan().all() and not out[1:].any()
 
 

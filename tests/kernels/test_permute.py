@@ -46,13 +46,13 @@ def run(op: Any, x: Tensor, order: Order, dout: Tensor) -> tuple[Tensor, Tensor]
     return out.detach(), torch.autograd.grad(out, leaf, dout)[0]
 
 
-def is_sorted(order: Order, chosen: Tensor, experts: int) -> None:
+def is_sorted(order: Order, chosen: Tensor, experts: int, room: int | None = None) -> None:
     """What the order promises, without naming how it is found."""
     whom = chosen.flatten().tolist()
     whom = [e if 0 <= e < experts else experts for e in whom]
     rows = sorted(range(len(whom)), key=lambda visit: (whom[visit], visit))
-    assert order.rows.tolist() == rows
-    assert order.places.flatten()[order.rows.long()].tolist() == list(range(len(whom)))
+    assert order.rows.tolist() == rows[:room]
+    assert [rows[place] for place in order.places.flatten().tolist()] == list(range(len(whom)))
     assert order.ends.tolist() == [sum(e <= last for e in whom) for last in range(experts)]
     assert order.places.shape == chosen.shape
     assert all(x.dtype == torch.int32 and x.is_contiguous() for x in (order.rows, order.places, order.ends))
@@ -64,6 +64,8 @@ def test_an_order_is_stable(tokens: int) -> None:
         chosen = visits(tokens, k, experts, nobody=nobody)
         is_sorted(sort(chosen, experts), chosen, experts)
         is_sorted(sort(chosen.long().T.contiguous().T, experts), chosen, experts)
+        for room in (0, tokens * k // 2):
+            is_sorted(sort(chosen, experts, room), chosen, experts, room)
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -74,10 +76,15 @@ def test_what_does_not_fit_is_refused() -> None:
         sort(torch.zeros(5).int(), 3)
     with pytest.raises(ValueError, match=r"experts=0 .* at least one expert"):
         sort(torch.zeros(5, 2).int(), 0)
+    for room in (-1, 11):
+        with pytest.raises(ValueError, match=rf"sort: room={room} must be from 0 to the 10 visits"):
+            sort(visits(5, 2, 3), 3, room)
     with pytest.raises(ValueError, match=r"permute: x \(4, 3\) must be T D with the 5 tokens"):
         permute(torch.zeros(4, 3), order)
     with pytest.raises(ValueError, match=r"unpermute: y \(5, 3\) must be M D with the 10 rows"):
         unpermute(torch.zeros(5, 3), order)
+    with pytest.raises(ValueError, match=r"unpermute: y \(10, 3\) must be M D with the 7 rows"):
+        unpermute(torch.zeros(10, 3), sort(visits(5, 2, 3), 3, 7))
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 63])
@@ -91,6 +98,48 @@ def test_rows_go_where_they_are_told(tokens: int) -> None:
         if 0 < tokens < 10:
             leaf = draw(rows, 3, dtype=torch.float64).requires_grad_()
             assert torch.autograd.gradcheck(lambda x: op(x, order), leaf)  # noqa: B023
+
+
+ROOMS = {"all": None, "live": 0, "some": 3, "few": -4, "none": -(10**9)}
+"""Places besides those of the rows that an expert has: fewer is too few, but touches nothing that is not there."""
+
+
+def orders(device: str) -> list[tuple[str, Tensor, Order]]:
+    """Of 13 tokens and 5 visits each: of them some visit nobody, or all, in more places than these need, or fewer."""
+    found = []
+    for whom, chosen in (("some", visits(13, 5, 6, device, nobody=2)), ("all", visits(13, 5, 6, device) - 9)):
+        live = int(((chosen >= 0) & (chosen < 6)).sum())
+        for name, more in ROOMS.items():
+            room = None if more is None else max(0, live + more)
+            found.append((f"{whom} {name}", chosen, sort(chosen, 6, room)))
+    return found
+
+
+def nobody_is_visited(device: str, dtype: torch.dtype) -> None:
+    """Both ways, and both gradients: a row of nobody holds NaN where it is read, and zero where it is written."""
+    for name, chosen, order in orders(device):
+        is_sorted(order, chosen, 6, len(order.rows))
+        room, live = len(order.rows), min(len(order.rows), int(order.ends[-1]))
+        kept = order.places.long() < live  # T K
+        x, rows = draw(13, 24, dtype=dtype, device=device), draw(room, 24, dtype=dtype, device=device, seed=1)
+        spread, summed = torch.zeros_like(rows), torch.zeros_like(x, dtype=torch.float64)
+        for token in range(13):
+            for place in order.places[token][kept[token]].tolist():
+                spread[place] = x[token]
+                summed[token] += rows[place].double()
+        rows[live:] = torch.nan
+        for op, ref in WAYS:
+            for which in (op, ref):
+                given = (x, rows) if op is permute else (rows, x)
+                out, grad = run(which, given[0], order, given[1])
+                copies, sums = (out, grad) if op is permute else (grad, out)
+                assert torch.equal(copies, spread), (name, which)
+                torch.testing.assert_close(sums.double(), summed, rtol=ULP[dtype], atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("dtype", ULP, ids=str)
+def test_nobody_is_visited(dtype: torch.dtype) -> None:
+    nobody_is_visited("cpu", dtype)
 
 
 @pytest.mark.parametrize("dtype", ULP, ids=str)
@@ -115,6 +164,9 @@ def orders_equal_their_twins(device: str, shapes: list[tuple[int, int, int]]) ->
                 ours, truth = getattr(found, name), getattr(wanted, name)
                 assert ours.dtype == torch.int32 and ours.is_contiguous()
                 assert torch.equal(ours, truth), (name, tokens, k, experts)
+        few = sort(chosen, experts, tokens * k // 3)
+        assert torch.equal(few.rows, wanted.rows[: tokens * k // 3])
+        assert torch.equal(few.places, wanted.places) and torch.equal(few.ends, wanted.ends)
         if tokens * k < 10000:
             is_sorted(wanted, chosen, experts)
 
@@ -146,11 +198,17 @@ def kernels_write_nothing_else(device: str, widths: tuple[int, ...]) -> None:
         ops._launch_sort((rows, places.view(tokens, 5), ends), chosen, experts)
         assert torch.equal(rows, wanted.rows) and torch.equal(ends, wanted.ends)
         assert all((room[:512] == -9).all() and (room[-512:] == -9).all() for room in rooms)
-        for kernel, count in ((ops._spread, tokens * 5), (ops._gather, tokens)):
-            x = poisoned(draw(tokens * 6 - count, width, device=device), "rows")
-            room = torch.full((count * width + 4096,), torch.nan, device=device)
-            ops._launch(kernel, room[2048:-2048].view(count, width), x, wanted.places)
-            assert room[2048:-2048].isfinite().all() and room.isnan().sum() == 4096
+        chosen[0] = -1
+        for places in (tokens * 5, tokens * 5 - 2, tokens * 3):
+            order = sort(chosen, experts, places)
+            rows = torch.full((places + 1024,), -9, dtype=torch.int32, device=device)
+            ops._launch_sort((rows[512:-512], order.places, order.ends), chosen, experts)
+            assert torch.equal(rows[512:-512], order.rows) and (rows == -9).sum() == 1024
+            for kernel, given, count in ((ops._spread, tokens, places), (ops._gather, places, tokens)):
+                x = poisoned(draw(given, width, device=device), "rows")
+                room = torch.full((count * width + 4096,), torch.nan, device=device)
+                ops._launch(kernel, room[2048:-2048].view(count, width), x, order.places, order.ends, places)
+                assert room[2048:-2048].isfinite().all() and room.isnan().sum() == 4096
 
 
 def kernels_are_one_node_among_others(device: str, dtype: torch.dtype) -> None:
@@ -193,10 +251,11 @@ def kernels_stay_whole_under_a_compiler(device: str) -> None:
         leaf = x.clone().requires_grad_()
         grads.append(torch.autograd.grad(op(chosen, leaf), leaf, torch.cos(x))[0])
     assert torch.equal(*grads) and torch.equal(whole(chosen, x), there_and_back(chosen, x))
-    tests, places = ("test_schema", "test_faketensor"), sort(chosen, 4).places
-    torch.library.opcheck(ops._SORT, (chosen.T.contiguous().T, 4), test_utils=tests)
-    torch.library.opcheck(ops._SPREAD, (x.T.contiguous().T, places), test_utils=tests)
-    torch.library.opcheck(ops._GATHER, (draw(33, 24, device=device), places), test_utils=tests)
+    tests, order = ("test_schema", "test_faketensor"), sort(chosen, 4)
+    for room in (33, 7):
+        torch.library.opcheck(ops._SORT, (chosen.T.contiguous().T, 4, room), test_utils=tests)
+        torch.library.opcheck(ops.SPREAD, (x.T.contiguous().T, order.places, order.ends, room), test_utils=tests)
+        torch.library.opcheck(ops.GATHER, (draw(room, 24, device=device), order.places, order.ends), test_utils=tests)
 
 
 def run_interpreted() -> None:
@@ -205,6 +264,7 @@ def run_interpreted() -> None:
     rows_equal_their_twins("cpu", tuple(ULP), [(1, 1, 1), (13, 3, 63), (7, 10, 520)])
     kernels_write_nothing_else("cpu", (1, 24))
     for dtype in ULP:
+        nobody_is_visited("cpu", dtype)
         kernels_are_one_node_among_others("cpu", dtype)
     kernels_stay_whole_under_a_compiler("cpu")
 
@@ -224,7 +284,7 @@ def run_compiled() -> None:
         b_k, b_t, b_d = ops._block(k, width, width)
         fixed = {"k": k, "width": width, row: width, "b_k": b_k, "b_t": b_t, "b_d": b_d}
         given = {n: "*" + dtype if n.startswith("p_") else "i32" for n in kernel.arg_names if n not in fixed}
-        built = compiled(kernel, given | {"p_places": "*i32"}, fixed, num_warps=4)
+        built = compiled(kernel, given | {"p_places": "*i32", "p_ends": "*i32"}, fixed, num_warps=4)
         assert built.stack == 0 and built.registers <= 80, (kernel, width, k, built.registers)
         if width % 8 == 0:
             assert "ld.global.v4" in built.ptx and "st.global.v4" in built.ptx and "ld.global.b16" not in built.ptx
@@ -261,6 +321,7 @@ def test_gpu_rows_equal_their_twins(dtype: torch.dtype) -> None:
         (999, 2, 7168),
     ]
     rows_equal_their_twins("cuda", (dtype,), shapes)
+    nobody_is_visited("cuda", dtype)
     kernels_are_one_node_among_others("cuda", dtype)
 
 

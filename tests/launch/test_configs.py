@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from farspan.launch import run as runs
+from farspan.launch import runner
+from farspan.models.ffns import Moe
 from farspan.platform import config
 from farspan.platform.plan import plan
 
@@ -35,6 +37,24 @@ def test_dry_run_prints_the_plan_and_starts_nothing(tmp_path: Path) -> None:
 def test_the_llama_1b_configuration_has_its_size() -> None:
     run = runs.decode(config.read(next(p for p in CONFIGS if p.stem == "llama_1b"), ["launch.ranks=1"]))
     assert "1,235,814,400" in runs.plan_of(run)[0]  # the published Llama-3.2-1B
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "active"),
+    [
+        ("qwen3_30b_a3b", 30_532_122_624, 3_353_032_704),  # published as 30.5B and 3.3B
+        ("mixtral_8x7b", 46_702_792_704, 12_879_925_248),  # as 46.7B and 12.9B
+        ("deepseek_fine_grained", 15_674_619_904, 2_629_285_888),
+    ],
+)
+def test_models_of_experts_have_their_sizes(name: str, total: int, active: int) -> None:
+    """What a token meets is all but the experts that it is not given to."""
+    run = runs.decode(config.read(next(p for p in CONFIGS if p.stem == name)))
+    assert plan(run.job, runner.world(run.launch), "cuda").parameters == total
+    model = run.job.model
+    ffns = [(block.repeat, block.ffn) for block in model.blocks if isinstance(block.ffn, Moe)]
+    unmet = sum(repeat * (ffn.experts - ffn.active) * 3 * ffn.hidden * model.width for repeat, ffn in ffns)
+    assert total - unmet == active
 
 
 def test_two_ranks_of_cp_hold_half_of_each_sequence() -> None:

@@ -67,7 +67,9 @@ def whole(tensor: Tensor) -> Tensor:
     return full(tensor).detach().clone()
 
 
-def probe(cuts: list[dict[str, Any]], micro: int, kept: float | None = None, balance: float = 0.5) -> list[Any]:
+def probe(
+    cuts: list[dict[str, Any]], micro: int, kept: float | None = None, balance: float = 0.5, compiled: bool = False
+) -> list[Any]:
     torch.set_default_dtype(torch.float64)
     control = dist.new_group(backend="gloo")
     results = []
@@ -85,6 +87,7 @@ def probe(cuts: list[dict[str, Any]], micro: int, kept: float | None = None, bal
             context=context,
             seed=3,
             kept=kept,
+            compiled=compiled,
             dispatcher=parallel.dispatch.build(mesh.expert_axes),
         )
         optimizer = Adamw(rate=1e-2).build(engine.weights, {}, 0)
