@@ -247,7 +247,7 @@ def _forward(  # type: ignore[no-untyped-def]
     row, expert, is_expert, logit = _tile(p_logits, tokens, logits_row, experts, size, b_s, b_t, b_e)
     value = _scores(logit, score)
     if p_given is not None:
-        rank = _ranks(p_given, row, expert, tokens, k)
+        rank = tl.where(is_expert, _ranks(p_given, row, expert, tokens, k), k)  # what pads a group bears the next one's
     else:
         pick = logit
         if p_bias is not None:

@@ -89,7 +89,8 @@ def _train(folder: Path, ears: Ears, step: list[int | None]) -> tuple[Exit, str]
     from farspan.parallel.mesh import Mesh
     from farspan.platform import config
     from farspan.platform.data.loader import DataError
-    from farspan.platform.trainer import Surroundings, Trainer, prepare
+    from farspan.platform.dispatching import settled
+    from farspan.platform.trainer import Surroundings, Trainer, compute_type, prepare
 
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -121,7 +122,10 @@ def _train(folder: Path, ears: Ears, step: list[int | None]) -> tuple[Exit, str]
         attempt=int(os.environ.get("FARSPAN_ATTEMPT", "0")),
     )
     with _refusing():
-        trainer = Trainer(run.job, Mesh(run.job.parallel.sizes(world), device, control), around)
+        mesh = Mesh(run.job.parallel.sizes(world), device, control)
+        compute = compute_type(run.job, device) or torch.float32
+        job, mesh = settled(run.job, mesh, folder, compute, say)
+        trainer = Trainer(job, mesh, around)
     beat(trainer.state.step)
     try:
         outcome = trainer.run()

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -17,10 +18,10 @@ class Choices:
 
     def __init__(self, folder: Path, context: Runtime, control: dist.ProcessGroup, say: Callable[[str], None]) -> None:
         """All ranks of `control` call it together. What cannot be read is picked anew."""
-        self.path, self.context, self.say = folder / FILE, context, say
+        self.folder, self.context, self.say = folder, context, say
         self.leads = dist.get_rank(control) == 0
         self.said = 0
-        kept = [_read(self.path) if self.leads else {}]
+        kept = [_contexts(folder) if self.leads else {}]
         dist.broadcast_object_list(kept, group=control, group_src=0)
         self.kept: dict[str, str] = kept[0]
         context.replay(self.kept)
@@ -35,15 +36,26 @@ class Choices:
         self.said, chosen = len(lines), self.context.chosen()
         if self.leads and not chosen.items() <= self.kept.items():
             self.kept |= chosen
-            try:
-                replace(self.path, json.dumps({"context": self.kept}, indent=1) + "\n")
-            except OSError as error:
-                self.say(f"warning: {self.path} could not be written ({error}); a resumed run will pick anew")
+            keep(self.folder, "context", self.kept, self.say)
 
 
-def _read(path: Path) -> dict[str, str]:
+def kept(folder: Path) -> dict[str, Any]:
+    """All that a run picked, by what for; what cannot be read was not picked."""
     try:
-        kept = json.loads(path.read_text())["context"]
-        return {str(what): str(picked) for what, picked in kept.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        found = json.loads((folder / FILE).read_text())
+    except (OSError, ValueError):
         return {}
+    return found if isinstance(found, dict) else {}
+
+
+def keep(folder: Path, what: str, picked: Any, say: Callable[[str], None]) -> None:
+    """Writes it beside all else that was picked."""
+    try:
+        replace(folder / FILE, json.dumps({**kept(folder), what: picked}, indent=1) + "\n")
+    except OSError as error:
+        say(f"warning: {folder / FILE} could not be written ({error}); a resumed run will pick anew")
+
+
+def _contexts(folder: Path) -> dict[str, str]:
+    found = kept(folder).get("context")
+    return {str(what): str(picked) for what, picked in found.items()} if isinstance(found, dict) else {}

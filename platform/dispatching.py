@@ -1,0 +1,59 @@
+"""Settles `parallel.dispatch: {kind: auto}` before a model is built: experts that are gathered lie otherwise."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from farspan.models.ffns import Moe
+from farspan.parallel.comm import Group
+from farspan.parallel.expert import Auto, WeightGather, auto
+from farspan.parallel.mesh import Mesh
+from farspan.platform import choices
+from farspan.platform.job import Job
+
+
+def settled(job: Job, mesh: Mesh, folder: Path, compute: torch.dtype, say: Callable[[str], None]) -> tuple[Job, Mesh]:
+    """The job with a dispatch that has a name, and the mesh that goes with it; all ranks call it together.
+
+    What a run picked once it picks again. compute: the type of products.
+    """
+    sizes, axes = mesh.sizes, mesh.expert_axes if job.model.routes and mesh.sizes.ep > 1 else None
+    if not isinstance(job.parallel.dispatch, Auto) or axes is None or axes.ep is None:
+        return job, mesh
+    kept = [choices.kept(folder).get("dispatch")]
+    dist.broadcast_object_list(kept, src=0, group=mesh.control)
+    picked = kept[0]
+    if picked not in auto.KINDS:
+        hosts = Group(mesh.control)
+        link = auto.measure(axes.ep, mesh.device, compute, hosts)
+        picked, why = auto.pick(_layers(job, mesh, compute), sizes.ep, sizes.expert_shard, link)
+        say(why)
+        if hosts.rank == 0:
+            choices.keep(folder, "dispatch", picked, say)
+    dispatch = auto.KINDS[picked]
+    if isinstance(dispatch, WeightGather):
+        mesh = Mesh(replace(sizes, ep=1), mesh.device, mesh.control)
+    return replace(job, parallel=replace(job.parallel, dispatch=dispatch)), mesh
+
+
+def _layers(job: Job, mesh: Mesh, compute: torch.dtype) -> dict[auto.Layer, int]:
+    """The layers with experts, and how many of each."""
+    rows = job.train.batch // mesh.sizes.dp
+    micro = min(job.train.micro_batch or rows, rows)
+    tokens = micro * job.data.sequence_length // (mesh.sizes.cp * mesh.sizes.tp)
+    found: dict[auto.Layer, int] = {}
+    for block in job.model.blocks:
+        if isinstance(ffn := block.ffn, Moe):
+            layer = auto.Layer(
+                tokens=tokens,
+                experts=ffn.experts,
+                active=ffn.active,
+                width=job.model.width,
+                hidden=ffn.hidden // mesh.sizes.etp,
+                itemsize=compute.itemsize,
+            )
+            found[layer] = found.get(layer, 0) + block.repeat
+    return found

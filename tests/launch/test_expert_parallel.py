@@ -1,0 +1,61 @@
+"""Experts on several ranks through `launch`: any cut of them, and one cut after another, is one rank all the time."""
+
+import json
+from pathlib import Path
+from shutil import rmtree
+
+import pytest
+from launching import numbers, refusal
+
+CONFIG = Path(__file__).parents[2] / "configs" / "expert_parallel.yaml"
+SMALL = ["data.paths=[corpus]", "data.sequence_length=48", "data.cache=cache", "train.batch=4", "train.micro_batch=1"]
+SMALL += ["schedule.warmup=1", "train.steps=6", "checkpoint.every=3", "checkpoint.keep=2"]
+SMALL += ["train.precision=fp32", "train.recompute=selective"]
+ALONE = ["launch.ranks=1", "parallel.ep=1"]
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        pytest.param(["parallel.dispatch={kind: auto}"], ["parallel.ep=1", "parallel.etp=2"], id="ep to etp"),
+        pytest.param(
+            ["parallel.ep=1", "parallel.tp=2", "optim={kind: adamw8, rate: 3e-3}"],
+            ["parallel.dispatch={kind: all_gather}"],
+            id="tp to ep, 8 bits",
+            marks=pytest.mark.laws,
+        ),
+        pytest.param(
+            ["parallel.cp=2", "parallel.dispatch={kind: all_gather}"], ALONE, id="cp to one", marks=pytest.mark.laws
+        ),
+    ],
+)
+def test_goes_on_under_another_cut(first: list[str], then: list[str], corpus: Path) -> None:
+    folder, optim = corpus.parent, [key for key in first if key.startswith("optim")]
+    wanted = numbers(CONFIG, folder, *SMALL, *ALONE, *optim, "name=alone")
+    assert [line[0] for line in wanted] == [1, 2, 3, 4, 5, 6]
+    numbers(CONFIG, folder, *SMALL, *first, "name=part")
+    checkpoints = folder / "runs" / "part" / "checkpoints"
+    (checkpoints / "LATEST").write_text("step-00000003\n")
+    rmtree(checkpoints / "step-00000006")
+    back = [f"{key.partition('=')[0]}=1" for key in first if key.startswith(("parallel.tp", "parallel.cp"))]
+    found = numbers(CONFIG, folder, *SMALL, *optim, *back, *then, "name=part", "--resume")
+    for ours, theirs in zip(found[-3:], wanted[-3:], strict=True):
+        assert ours[:3] == pytest.approx(theirs[:3], rel=3e-3 if optim else 1e-4)
+    assert json.loads((checkpoints.parent / "status.json").read_text())["state"] == "done"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["parallel.ep=3", "launch.ranks=3", "train.batch=6"], "experts=8: must be a multiple of parallel.ep=3"),
+        (["parallel.ep=4"], "parallel: ep=4 · etp=1 must divide the 2 ranks that hold one copy of the weights"),
+        (["model.blocks.0.ffn={kind: swiglu, hidden: 64}"], "parallel.ep=2, etp=1 are for experts"),
+        (["parallel.engine={kind: zero, stage: 1}"], "parallel.ep=2, etp=1: engine.kind=zero cuts whole weights only"),
+        (["parallel.dispatch={kind: weights}"], "weight_gather"),
+    ],
+)
+def test_mistakes_are_named(
+    arguments: list[str], message: str, corpus: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(corpus.parent)
+    assert message in refusal(CONFIG, *SMALL, *arguments, capfd=capfd)
