@@ -5,11 +5,23 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from farspan.launch.exit import Exit
-from farspan.launch.making import HF, farewell, finish, making, newest, reading, source_of, target_of, weights_of
+from farspan.launch.making import (
+    HF,
+    farewell,
+    finish,
+    kept_of,
+    making,
+    newest,
+    reading,
+    source_of,
+    target_of,
+    weights_of,
+)
 
 if TYPE_CHECKING:  # torch takes a second to import: help does without
     from torch import Tensor
@@ -19,7 +31,7 @@ if TYPE_CHECKING:  # torch takes a second to import: help does without
     from farspan.platform.optim.convert import Convertible
     from farspan.platform.optim.imported import Imported
 
-KEPT = ("metrics.jsonl", "choices.json")
+KEPT = ("metrics.jsonl", "loads.jsonl", "choices.json")
 """Files of a run that its continuation begins with."""
 
 
@@ -166,7 +178,8 @@ def _tensors(
     old, new = change.optims
     shapes, known = weights_of(change.was)
     wanted = {n: {"shape": list(t.shape), "dtype": str(t.dtype)} for n, t in layout(old, shapes, known).items()}
-    saved = manifest["tensors"]
+    kept = {n: {"shape": list(t.shape), "dtype": str(t.dtype)} for n, t in kept_of(change.was).items()}
+    wanted, saved = wanted | kept, manifest["tensors"]
     if wrong := [name for name in {**wanted, **saved} if wanted.get(name) != saved.get(name)]:
         raise ValueError(
             f"{source}: does not fit {source.parents[1] / 'config.yaml'}: {wrong[0]} is {saved.get(wrong[0])} there, "
@@ -175,4 +188,5 @@ def _tensors(
     if imported is not None and (problems := imported.problems(shapes)):
         more = f"\nand {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ValueError("\n".join(f"--state: {problem}; mend --names" for problem in problems[:5]) + more)
-    return convert(Stored(source), old, new, shapes, known, imported)
+    state = Stored(source)
+    return chain(((name, state[name]) for name in kept), convert(state, old, new, shapes, known, imported))

@@ -6,12 +6,13 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from farspan.launch.exit import Exit
-from farspan.launch.making import HF, RUNS, farewell, finish, making, target_of, weights_of
+from farspan.launch.making import HF, RUNS, farewell, finish, kept_of, making, target_of, weights_of
 
 if TYPE_CHECKING:  # torch takes a second to import: help does without
     from torch import Tensor
@@ -110,7 +111,7 @@ def _make(published: "Published", folder: Path, new: Path, run: "Run") -> str:
     def read(name: str) -> "Tensor":
         return joined(pieces[name], shapes[name], published.read)
 
-    state = _state(run.job, read, shapes, known)
+    state = chain(kept_of(run.job).items(), _state(run.job, read, shapes, known))
     store(folder / "checkpoints", 0, state, _manifest(run, tree, published.folder))
     (folder / HF).mkdir()
     for path in beside(published.folder):

@@ -14,6 +14,8 @@ from farspan.launch import pulse
 from farspan.launch.exit import Exit
 
 if TYPE_CHECKING:  # torch takes a second to import: help does without
+    from torch import Tensor
+
     from farspan.models.roles import Role
     from farspan.platform.job import Job
 
@@ -96,6 +98,20 @@ def weights_of(job: "Job") -> "tuple[dict[str, tuple[int, ...]], dict[str, Role]
     with torch.device("meta"):
         model = job.model.build(job.data.vocabulary, job.parallel.context.build())
     return {name: tuple(weight.shape) for name, weight in model.named_parameters()}, roles(model)
+
+
+def kept_of(job: "Job") -> "dict[str, Tensor]":
+    """What a job's model keeps besides weights, as a run begins with it, by its name in a checkpoint."""
+    import torch
+
+    from farspan.models.decoder import initial
+    from farspan.parallel import fsdp
+
+    with torch.device("meta"):
+        model = job.model.build(job.data.vocabulary, job.parallel.context.build())
+    kept = {name: torch.empty_like(buffer, device="cpu") for name, buffer in model.named_buffers()}
+    fsdp.fill(kept, initial(model), job.seed)
+    return {f"model.{name}": buffer for name, buffer in kept.items()}
 
 
 def finish(folder: Path, tree: dict[str, Any], *, step: int, reason: str, attempt: int = 0) -> None:

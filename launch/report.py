@@ -9,6 +9,8 @@ from statistics import median
 
 from farspan.launch import pulse
 from farspan.launch.chart import CROWDED, SCRIPT, STYLE, Chart, Curve, draw, look
+from farspan.launch.heat import picture
+from farspan.platform import loads
 from farspan.platform.metrics import FILE, Line, attempt_of, is_evaluation, latest, read, step_of
 
 CHARTS = (
@@ -21,6 +23,15 @@ CHARTS = (
     ("mfu", "Model FLOPs utilisation (MFU)", "% of peak", True, True),
     ("memory_gb", "Memory", "GB", True, False),
 )
+ROUTED = (
+    ("load_max", "Fullest expert", "tokens over the mean, in the worst layer", False, True),
+    ("load_entropy", "Evenness of loads", "entropy over that of even loads, in the worst layer", False, True),
+    ("router_cost", "Router losses", "added to the loss", True, True),
+    ("router_z", "Router logits", "mean squared log-sum-exp", True, True),
+    ("active", "Experts a token", "mean over tokens and layers", True, True),
+    ("dropped", "Dropped visits", "share of all", True, True),
+)
+"""Of models with experts; whoever has none is not missing them."""
 
 COLUMNS = (
     ("State", ""),
@@ -241,13 +252,26 @@ def _charts(runs: Sequence[_Run]) -> str:
     for chart in _quantities(runs):
         title = f"{chart.title} <small>{chart.unit}</small>"
         parts.append(f'<figure id="{chart.key}"><figcaption>{title}</figcaption>{draw(chart)}</figure>')
-    return f'<section class="charts">{"".join(parts)}</section>'
+    return f'<section class="charts">{"".join([*parts, *_loads(runs)])}</section>'
+
+
+def _loads(runs: Sequence[_Run]) -> Iterator[str]:
+    """How full each expert was, over time."""
+    for run in runs:
+        rows = loads.read(run.folder)
+        rows = [row for row in rows if [len(x) for x in row.layers] == [len(x) for x in rows[-1].layers]]
+        if rows:
+            layers = f"{len(rows[0].layers)} layers from top to bottom, a line for each expert"
+            unit = f"steps {rows[0].first:,} to {rows[-1].step:,}; {layers}; blue: none, white: mean, orange: twice it"
+            title = f"Expert load of {escape(run.name)} <small>{unit}</small>"
+            image = f'<img class="heat" alt="{escape(unit)}" src="{picture(rows)}">'
+            yield f'<figure class="loads"><figcaption>{title}</figcaption>{image}</figure>'
 
 
 def _quantities(runs: Sequence[_Run]) -> list[Chart]:
     """A chart for each quantity that at least one run has recorded."""
     found = []
-    for key, title, unit, zero, noisy in CHARTS:
+    for key, title, unit, zero, noisy in CHARTS + ROUTED:
         scale = 100.0 if key == "mfu" else 1.0
         curves = [
             Curve(
@@ -301,6 +325,7 @@ small { color: var(--soft); font-size: 12px; font-weight: 400 }
   margin: 14px 0 20px }
 figure { margin: 0; padding: 14px 16px 8px; min-width: 0 }
 figcaption { font-weight: 600; margin-bottom: 4px } figcaption small { margin-left: 6px }
+.heat { display: block; width: 100%; min-height: 160px; max-height: 480px; image-rendering: pixelated }
 details { margin-top: 12px; padding: 10px 16px } summary { cursor: pointer; font-weight: 600 }
 pre { overflow-x: auto; margin: 10px 0 4px; font: 12.5px/1.55 ui-monospace, monospace }
 @media print { body { background: none } figure, tr { break-inside: avoid } }

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from farspan.kernels.random import Normal
-from farspan.models.ffns import Ffn
-from farspan.models.ffns.moe import MoeFfn, Tally
+from farspan.models.ffns import Ffn, Routed
+from farspan.models.ffns.router import Tally
 from farspan.models.linear import Linear, Plain
 from farspan.models.mixers import Mixer
 from farspan.models.mixers.softmax import Angles
@@ -121,7 +121,7 @@ class Layer(nn.Module):
 
         def feed(h: Any) -> Tensor:
             ffn = self.ffn
-            if not isinstance(ffn, MoeFfn):
+            if not isinstance(ffn, Routed):
                 return ffn(h)  # type: ignore[misc]
             found, tally = ffn(h, documents)
             tallies.append(tally)

@@ -1,5 +1,6 @@
 """A causal decoder, described by a list of runs of equal blocks."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -8,8 +9,8 @@ from torch import Tensor, nn
 
 from farspan.kernels.random import Normal
 from farspan.models.block import Block, NormPlacement
-from farspan.models.ffns import Moe
-from farspan.models.ffns.moe import MoeFfn, RowSums, Tally, by_row
+from farspan.models.ffns import Routed, Sparse
+from farspan.models.ffns.router import RowSums, Scope, Tally, by_row
 from farspan.models.mixers.softmax import Angles, Softmax
 from farspan.models.norm import Layer, Norm, Rms
 from farspan.models.roles import RoleKind
@@ -18,7 +19,7 @@ from farspan.parallel.context import Context, Runtime
 from farspan.parallel.context.shard import IGNORE, Batch, Documents
 from farspan.parallel.expert import Dispatcher, Local
 from farspan.parallel.placement import Column, Placement
-from farspan.parallel.sums import Sums
+from farspan.parallel.sums import Now, Sums
 from farspan.parallel.tensor import Vocabulary, Whole
 
 
@@ -91,7 +92,7 @@ class Decoder:
     @property
     def routes(self) -> bool:
         """Whether some layer has experts."""
-        return any(isinstance(block.ffn, Moe) for block in self.blocks)
+        return any(isinstance(block.ffn, Sparse) for block in self.blocks)
 
     @property
     def windowed(self) -> bool:
@@ -109,7 +110,7 @@ class Decoder:
 
     def expert_problems(self, ep: int, etp: int) -> list[str]:
         """What keeps the experts from being dealt out to `ep` ranks, and each of them to `etp`."""
-        experts = {i: block.ffn for i, block in enumerate(self.blocks) if isinstance(block.ffn, Moe)}
+        experts = {i: block.ffn for i, block in enumerate(self.blocks) if isinstance(block.ffn, Sparse)}
         if ep * etp > 1 and not experts:
             return [f"blocks: parallel.ep={ep}, etp={etp} are for experts, and none has ffn.kind=moe; set both to 1"]
         return [f"blocks.{i}.ffn.{problem}" for i, f in experts.items() for problem in f.expert_problems(ep, etp)]
@@ -143,8 +144,12 @@ class DecoderModel(nn.Module):
         """(first layer, how many) of each run of equal layers."""
         self.vocabulary: Vocabulary = Whole()
         self.dispatcher: Dispatcher = Local()
+        self.routes = config.routes
+        """Whether `tell` and `settle` reach anybody."""
         self.rotations = [layer.rotation for layer in layers]
         self.z_loss = config.z_loss
+        self.so_far: Tensor | None = None
+        """Tokens, labels and choices of the step's micro-batches so far, on all ranks, where a router asks for them."""
 
     def placements(self) -> dict[str, Placement]:
         names = ["embed.weight"] if self.head is None else ["embed.weight", "head.weight"]
@@ -182,18 +187,51 @@ class DecoderModel(nn.Module):
         loss = self.vocabulary.loss(self.norm(x), head, batch.labels, self.z_loss if learns else 0.0)
         if not tallies or not learns:
             return loss
-        return Sums(loss, self._charge(tallies, documents, batch), tuple(tally.given.sum(0) for tally in tallies))
+        return self._sums(loss, tallies, documents, batch)
 
-    def _charge(self, tallies: list[Tally], documents: Documents, batch: Batch) -> Tensor:
-        """What this rank's tokens are charged for uneven loads and large logits: one exchange for all layers."""
+    def tell(self, now: Now) -> None:
+        """Called before every micro-batch that is learnt from."""
+        if now.first:
+            self.so_far = None
+        for name, ffn in self._routed():
+            ffn.tell(name, now)
+
+    def settle(self, loads: Sequence[Tensor], wishes: Sequence[Tensor], scale: Tensor) -> None:
+        """Called after an optimizer step, with sums over all its tokens, layer by layer; see `Routed.settle`."""
+        for (_, ffn), load, wish in zip(self._routed(), loads, wishes, strict=True):
+            ffn.settle(load, wish, scale)
+
+    def _routed(self) -> list[tuple[str, Routed]]:
+        return [(f"layers.{i}.ffn", x.ffn) for i, x in enumerate(self.layers) if isinstance(x.ffn, Routed)]
+
+    def _sums(self, loss: Tensor, tallies: list[Tally], documents: Documents, batch: Batch) -> Sums:
         labels = self.vocabulary.part((batch.labels != IGNORE).to(tallies[0].given.dtype)).flatten()  # N
-        with torch.no_grad():
-            own = by_row(torch.stack((torch.ones_like(labels), labels), dim=1), documents, len(batch.tokens))
-            counts = [own, *(tally.given for tally in tallies)]
-            sums, *given = self.dispatcher.whole(torch.cat(counts, 1)).split([c.shape[1] for c in counts], 1)
-        rows = RowSums(*sums.unbind(1))
-        ffns = [layer.ffn for layer in self.layers if isinstance(layer.ffn, MoeFfn)]
-        parts = [f.charge(tally, all_of, rows) for f, tally, all_of in zip(ffns, tallies, given, strict=True)]
+        own = by_row(torch.stack((torch.ones_like(labels), labels), dim=1), documents, len(batch.tokens))
+        told = [torch.stack([x.dropped for x in tallies]).sum(), torch.stack([x.z for x in tallies]).sum()]
+        return Sums(
+            loss=loss,
+            cost=self._charge(tallies, own),
+            loads=tuple(tally.given.sum(0) for tally in tallies),
+            wishes=tuple(tally.wish for tally in tallies),
+            told=torch.stack([*told, own[:, 0].sum() * len(tallies)]).detach(),
+        )
+
+    def _charge(self, tallies: list[Tally], own: Tensor) -> Tensor:
+        """What this rank's tokens are charged for uneven loads and large logits: an exchange for all layers, and one
+        more where loads are counted over the step. own: R 2, tokens and labels of this rank."""
+        ffns = [ffn for _, ffn in self._routed()]
+        counts = [own, *(tally.given for tally in tallies)]
+        sizes, mine = [count.shape[1] for count in counts], torch.cat(counts, 1).detach()
+        every = self.dispatcher.whole(mine)
+        found: dict[Scope, Tensor] = {"row": every, "micro_batch": every.sum(0, keepdim=True)}
+        if any(ffn.scope == "step" for ffn in ffns):
+            now = self.dispatcher.everywhere(mine.sum(0, keepdim=True))
+            found["step"] = self.so_far = now if self.so_far is None else self.so_far + now
+        parts = []
+        for i, (ffn, tally) in enumerate(zip(ffns, tallies, strict=True)):
+            over, *given = found[ffn.scope].split(sizes, 1)
+            rows = RowSums(*every[:, :2].unbind(1))
+            parts.append(ffn.charge(tally, given[i], RowSums(*over.unbind(1)), rows))
         return torch.stack(parts).sum()
 
     def angles(self, positions: Tensor) -> dict[tuple[Rope, int], Angles]:

@@ -264,6 +264,9 @@ def _unlike_block(block: Block) -> Iterator[str]:
             "shared": (ffn.shared, 0),
             "scale": (ffn.scale, 1.0),
             "groups": (ffn.groups, 1),
+            "bias": (ffn.bias, "none"),
+            "capacity": (ffn.capacity, None),
+            "forced": (ffn.forced, False),
         }
         for name, (value, wanted) in own.items():
             if value != wanted:

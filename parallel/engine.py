@@ -21,7 +21,7 @@ from farspan.parallel.lane import lane_to
 from farspan.parallel.mesh import Gather, Mesh
 from farspan.parallel.placement import Folded, Pieces
 from farspan.parallel.stash import Stash
-from farspan.parallel.sums import Sums
+from farspan.parallel.sums import Now, Sums
 
 
 class Optimizer(Protocol):
@@ -110,11 +110,21 @@ class Engine:
         """Whether the backward under way is the last of its step."""
         self._norms: dict[str, Tensor] = {}
         """Of gradients that were given away."""
+        self.buffers: dict[str, Tensor] = dict(model.named_buffers())
+        """What the model keeps besides weights, by name: alike on all ranks."""
+        self.step = 0
+        """Optimizer steps made: what routers draw by chance differs from step to step."""
         self.cost = torch.zeros((), device=mesh.device)
-        """What routers were charged in the last step: this rank's part, which `forward_backward` leaves out."""
+        """What routers were charged in the last step, which `forward_backward` leaves out of the loss; as all that is
+        said of routers, over all ranks."""
         self.loads: list[Tensor] = []
-        """Tokens that this rank gave to each expert in the last step, layer by layer."""
+        """Tokens that chose each expert in the last step, layer by layer."""
+        self.wishes: list[Tensor] = []
+        """What routers would keep of these tokens, layer by layer; see `farspan.parallel.sums.Sums`."""
+        self.told = torch.zeros(3, device=mesh.device)
+        self._seed, self._routes = seed, bool(getattr(model, "routes", False))
         fsdp.fill(self.weights, starts, seed)
+        fsdp.fill(self.buffers, starts, seed)
 
     def forward_backward(self, batches: Sequence[Batch], labels: float) -> Tensor:
         """Adds the gradients of one step's micro-batches; returns this rank's part of the loss, a device scalar.
@@ -122,13 +132,17 @@ class Engine:
         `labels` counts what the whole step predicts on all ranks; the parts sum to the mean loss over it. Gradients are
         of that and of what routers are charged.
         """
-        total, cost = torch.zeros(2, device=self.mesh.device).unbind()
-        loads: list[tuple[Tensor, ...]] = []
+        total = torch.zeros((), device=self.mesh.device)
+        routed: list[Sums] = []
+        row = 0 if not self._routes else self.mesh.index("dp") * sum(len(batch.tokens) for batch in batches)
         for i, batch in enumerate(batches):
             last = self._last = i == len(batches) - 1
             self.model.set_is_last_backward(last)  # type: ignore[operator]
             self.model.set_requires_all_reduce(last)  # type: ignore[operator]
             self.model.set_reshard_after_backward(last or self.gather == "layer")  # type: ignore[operator]
+            if self._routes:
+                self.model.tell(Now(self._seed, self.step, row, i == 0))  # type: ignore[operator]
+                row += len(batch.tokens)
             found = self.model(self._placed(batch))
             sums = found if isinstance(found, Sums) else None
             loss = (found if sums is None else sums.loss) / labels
@@ -137,16 +151,28 @@ class Engine:
             total += loss.detach()
             if sums is not None:
                 charge = sums.cost / labels
-                cost += charge.detach()
-                loads.append(sums.loads)
+                routed.append(sums._replace(cost=charge.detach()))
                 loss = loss + charge
             loss.backward()
-        self.cost, self.loads = cost, [torch.stack(same).sum(0) for same in zip(*loads, strict=True)]
-        if self.mesh.sizes.tp > 1 and loads:  # each rank of tp has other tokens
-            for part in (self.cost, *self.loads):
-                dist.all_reduce(part, group=self.mesh.tensor.handle)
+        if routed:
+            self._add_up(routed)
         self._parts.finish()
         return total
+
+    def _add_up(self, routed: Sequence[Sums]) -> None:
+        """What routers said of the step's micro-batches, over all ranks: every one of them has other tokens."""
+        flat = [torch.cat([x.cost.view(1), x.told, *x.loads, *(w.view(-1) for w in x.wishes)]) for x in routed]
+        total = torch.stack(flat).sum(0)
+        dist.all_reduce(total)
+        last, layers = routed[-1], len(routed[-1].loads)
+        sizes = [x.numel() for x in (last.cost, last.told, *last.loads, *last.wishes)]
+        cost, self.told, *rest = total.split(sizes)
+        self.cost, self.loads, self.wishes = cost[0], rest[:layers], rest[layers:]
+
+    def settle(self, scale: Tensor) -> None:
+        """After the update of a step: what the model keeps besides weights follows them, unless `scale` is 0."""
+        if self.loads:
+            self.model.settle(self.loads, self.wishes, scale)  # type: ignore[operator]
 
     def _placed(self, batch: Batch) -> Batch:
         """This rank's part of the batch on the device, its rows as long as tp can cut them."""

@@ -71,7 +71,7 @@ def units(model: nn.Module) -> Iterator[FSDPModule]:
 
 
 @torch.no_grad()
-def fill(weights: Mapping[str, DTensor], starts: Mapping[str, Normal], seed: int) -> None:
+def fill(weights: Mapping[str, torch.Tensor], starts: Mapping[str, Normal], seed: int) -> None:
     """Writes the weights' first values, the same for every mesh. KeyError: one has no start."""
     for name, weight in weights.items():
         if name not in starts:

@@ -253,7 +253,8 @@ class Mesh:
         folded = torch.arange(sizes.world).view(sizes.view(EXPERT))
         ep, etp = (self._own(folded.movedim(EXPERT.index(axis), -1)) for axis in ("ep", "etp"))
         mates = self._own(torch.arange(sizes.world).view(-1, sizes.cp * sizes.tp))
-        return Axes(ep=ep, etp=etp, mates=mates, hosts=Group(self.control))
+        everyone = self._own(torch.arange(sizes.world).view(sizes.pp, -1))
+        return Axes(ep=ep, etp=etp, mates=mates, everyone=everyone, hosts=Group(self.control))
 
     @cached_property
     def tensor(self) -> Group:

@@ -1,4 +1,4 @@
-"""What a forward of a model with experts comes to."""
+"""What a forward of a model with experts comes to, and what it is told beforehand."""
 
 from typing import NamedTuple
 
@@ -13,4 +13,21 @@ class Sums(NamedTuple):
     cost: Tensor
     """What routers are charged for uneven loads and large logits: every row's, times its labels; a scalar."""
     loads: tuple[Tensor, ...]
-    """Of each layer with experts, how many tokens each expert was given: E, in fp32."""
+    """Of each layer with experts, how many tokens chose each expert: E, in fp32."""
+    wishes: tuple[Tensor, ...]
+    """Of each layer with experts, what its router would keep of these tokens, times their number: E, or 0."""
+    told: Tensor
+    """Over layers, 3: visits that were dropped, squared log-sum-exp of logits, and tokens."""
+
+
+class Now(NamedTuple):
+    """Which micro-batch comes."""
+
+    seed: int
+    """The run's."""
+    step: int
+    """Optimizer steps made."""
+    row: int
+    """The number of its first row among those of the step, on all ranks."""
+    first: bool
+    """Whether it is this rank's first of the step."""

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal
 
-from farspan.models.ffns import Moe
 from farspan.models.mixers import Softmax
 from farspan.models.zoo import Model
 from farspan.parallel.mesh import Gather, Parallel, Sizes, Zero
@@ -217,9 +216,7 @@ class Job:
             "optim.offload: is fsdp's; parallel.engine.offload is that of DeepSpeed": isinstance(self.optim, Adamw)
             and self.offload is not None,
             f"train.compile=True: {zero} runs layers as they are; set it to false": train.compile,
-            f"model.blocks: ffn.kind=moe: {zero} does not charge routers": any(
-                isinstance(block.ffn, Moe) for block in self.model.blocks
-            ),
+            f"model.blocks: ffn.kind=moe: {zero} does not charge routers": self.model.routes,
             f"train.recompute={train.recompute}: {zero} keeps activations on the device; set selective": train.stashed,
         }
         return [f"{problem}, or parallel.engine: {{kind: fsdp}}" for problem, found in refused.items() if found]

@@ -2,14 +2,15 @@
 
 import resource
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from farspan.models.ffns.moe import evenness
+from farspan.models.ffns.router import evenness
 from farspan.parallel.engine import Engine
+from farspan.platform.loads import Loads
 from farspan.platform.metrics import Line
 
 PEAK = {"H100": 989.5e12, "H200": 989.5e12, "H800": 989.5e12, "A100": 312e12, "B200": 2250e12}
@@ -25,11 +26,18 @@ def peak(device: torch.device, compute: torch.dtype | None) -> float | None:
 
 
 def routed(engine: Engine) -> dict[str, Tensor]:
-    """What routers were charged in the last step, and how evenly tokens went to experts, over all ranks."""
+    """What routers were charged in the last step, how evenly tokens went to experts and to how many, how many of their
+    visits found no room, and how large logits are, over all ranks."""
     if not engine.loads:
         return {}
-    loads = engine.sum(torch.cat(engine.loads)).split([len(load) for load in engine.loads])
-    return {"router_cost": engine.sum(engine.cost), **evenness(loads)}
+    dropped, squares, tokens = engine.told
+    visits = torch.stack([load.sum() for load in engine.loads]).sum()
+    shares = {
+        "active": visits / tokens.clamp(min=1),
+        "dropped": dropped / visits.clamp(min=1),
+        "router_z": squares / tokens.clamp(min=1),
+    }
+    return {"router_cost": engine.cost, **evenness(engine.loads), **shares}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +63,9 @@ class Recorder:
         self.steps: list[_Step] = []
         self.parts: list[tuple[int, float]] = []
         """(step, this rank's part of the loss) of the steps flushed last."""
+        self.loads: Loads | None = None
+        """How full experts were in the steps flushed last; None without experts."""
+        self._loads: list[Tensor] = []
         self.mark: float | torch.cuda.Event = self._now()
 
     def note(
@@ -69,9 +80,12 @@ class Recorder:
         total: int,
         flops: float,
         more: Mapping[str, Tensor],
+        loads: Sequence[Tensor] = (),
     ) -> None:
-        """Remembers one step; nothing waits for the device. more: device scalars that its line shows as well."""
+        """Remembers one step; nothing waits for the device. more: device scalars that its line shows as well; loads: of
+        each layer with experts, E."""
         values = torch.stack([value.double() for value in (loss, norm, part, *more.values())])
+        self._loads = [a + b for a, b in zip(self._loads, loads, strict=True)] if self._loads else list(loads)
         numbers = {"rate": rate, "tokens": tokens, "total": total, "flops": flops}
         self.steps.append(_Step(step=step, **numbers, values=values, more=tuple(more), end=self._now()))  # type: ignore[arg-type]
 
@@ -99,7 +113,12 @@ class Recorder:
             line = {"step": entry.step, "loss": loss, "grad_norm": norm, "rate": entry.rate, "tokens": entry.total}
             speed = {"tokens_per_second": entry.tokens / seconds, "step_seconds": seconds, "mfu": used}
             lines.append({**line, **speed, "memory_gb": self._memory(), **dict(zip(entry.more, more, strict=True))})
-        self.steps = []
+        self.loads = None
+        if self._loads:
+            shares = torch.cat([load / load.mean().clamp(min=1e-30) for load in self._loads]).float().cpu()
+            layers = [part.numpy() for part in shares.split([len(load) for load in self._loads])]
+            self.loads = Loads(first=self.steps[0].step, step=self.steps[-1].step, layers=layers)
+        self.steps, self._loads = [], []
         return lines
 
     def _now(self) -> "float | torch.cuda.Event":

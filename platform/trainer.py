@@ -5,7 +5,6 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -26,13 +25,15 @@ from farspan.platform.data.corpus import Language
 from farspan.platform.data.loader import Loader
 from farspan.platform.feed import Feed, Work
 from farspan.platform.job import Job
-from farspan.platform.metrics import Journal, Line, Metrics, Sink, Sinks, Wandb, next_attempt, plain
+from farspan.platform.loads import LoadJournal
+from farspan.platform.metrics import Journal, Line, Sinks, next_attempt, plain
 from farspan.platform.optim import Adamw, Adamw8
 from farspan.platform.optim.offload import Offloaded, split_for, units_of
 from farspan.platform.optim.placement import Split, Streamed, lines
 from farspan.platform.optim.queues import queues_of
 from farspan.platform.optim.rates import Rates, measure, slowest
 from farspan.platform.recorder import Recorder, peak, routed
+from farspan.platform.sinks import sinks
 from farspan.platform.state import RunState
 from farspan.platform.tracing import Tracer
 
@@ -134,6 +135,7 @@ class Trainer:
             readers=mesh.sizes.world // mesh.sizes.dp,
         )
         self.journal, self.sinks = self._journal()
+        self.loads = LoadJournal(around.folder)
         self.tracer = Tracer(job.metrics.trace, around.folder, mesh.rank, mesh.device, self.say)
 
     def run(self) -> Outcome:
@@ -167,12 +169,16 @@ class Trainer:
 
     def step(self, work: Work) -> None:
         """One optimizer step. Nothing in it waits for the device."""
+        if self.job.model.routes:
+            self.engine.step = self.state.step
         part = self.engine.forward_backward(work.batches, work.labels)
         loss = self.engine.sum(part)
         norm = self.engine.gradient_norm()
         rate = self.job.optim.rate * self.job.schedule.factor(self.state.step)
         self.saver.staged()  # a save in flight reads the weights until here
-        self.optimizer.update(rate, self._scale(loss, norm))
+        self.optimizer.update(rate, scale := self._scale(loss, norm))
+        if self.job.model.routes:
+            self.engine.settle(scale)
         self.engine.clear()
         self.state = self.state.advance(rows=self.job.train.batch, tokens=work.tokens)
         self.recorder.note(
@@ -185,6 +191,7 @@ class Trainer:
             total=self.state.tokens,
             flops=work.flops,
             more=routed(self.engine) if isinstance(self.engine, Engine) else {},
+            loads=self.engine.loads if isinstance(self.engine, Engine) else (),
         )
 
     def _scale(self, loss: Tensor, norm: Tensor) -> Tensor:
@@ -273,6 +280,8 @@ class Trainer:
         stop = bad and self.job.train.on_not_finite == "stop"
         end = lines.index(bad[0]) + 1 if stop else len(lines)
         self._write(lines[:end])
+        if self.journal is not None and self.recorder.loads is not None and lines:
+            self.loads.write(self.recorder.loads)
         if lines and self.journal is not None:
             self.say(plain(lines[end - 1]))
         for line in bad[: 1 if stop else None]:
@@ -319,13 +328,16 @@ class Trainer:
             self.sinks.write(line)
 
     def _tensors(self) -> dict[str, Tensor]:
-        weights = {f"model.{name}": weight.detach() for name, weight in self.engine.weights.items()}
+        weights: dict[str, Tensor] = {f"model.{name}": weight.detach() for name, weight in self.engine.weights.items()}
+        if self.job.model.routes:
+            weights |= {f"model.{name}": buffer for name, buffer in self.engine.buffers.items()}
         return weights | {f"optim.{name}": tensor for name, tensor in self.optimizer.state().items()}
 
     def _manifest(self) -> dict[str, Any]:
         """Everything of a checkpoint that is no tensor. The metrics up to here are on disk before it can commit."""
         if self.journal is not None:
             self.journal.sync()
+            self.loads.sync()
         sizes = self.mesh.sizes
         return {
             "format": checkpoint.FORMAT,
@@ -376,7 +388,7 @@ class Trainer:
         journal = Journal(folder, max(self.around.attempt, next_attempt(folder)))
         if journal.note:
             self.say(journal.note)
-        return journal, Sinks(_sinks(self.job.metrics, folder, self.around.config), self.say)
+        return journal, Sinks(sinks(self.job.metrics, folder, self.around.config), self.say)
 
     def _optimizer(self, roles_of: Mapping[str, Role]) -> Optimizer:
         """The job's optimizer; where its state is offloaded, the layers wait for their updates."""
@@ -459,27 +471,6 @@ class Trainer:
             zero=zero,
             decay=job.optim,
         )
-
-
-def _sinks(metrics: Metrics, folder: Path, config: Mapping[str, Any]) -> dict[str, Callable[[], Sink]]:
-    """How to open each sink that is asked for; only what is asked for is imported, in the sink's own thread."""
-
-    def wandb(settings: Wandb) -> Sink:
-        from farspan.platform.wandb_sink import WandbSink
-
-        return WandbSink(folder, settings, config)
-
-    def tensorboard() -> Sink:
-        from farspan.platform.tensorboard_sink import TensorboardSink
-
-        return TensorboardSink(folder)
-
-    wanted: dict[str, Callable[[], Sink]] = {}
-    if metrics.wandb is not None:
-        wanted["metrics.wandb"] = partial(wandb, metrics.wandb)
-    if metrics.tensorboard:
-        wanted["metrics.tensorboard"] = tensorboard
-    return wanted
 
 
 def _check_prompt(prompt: str, tokenizer: Language) -> None:

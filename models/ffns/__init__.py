@@ -1,9 +1,25 @@
 """Feed-forward layers: what a token does by itself."""
 
+from farspan.models.ffns.block_ffn import BlockFfn
 from farspan.models.ffns.gated import Geglu, Swiglu
 from farspan.models.ffns.moe import Moe
 from farspan.models.ffns.plain import PolyNorm, SquaredRelu
+from farspan.models.ffns.router import Routed
+from farspan.models.ffns.smoe_dropout import SmoeDropout
 
-Ffn = Swiglu | Geglu | SquaredRelu | PolyNorm | Moe
+Sparse = Moe | BlockFfn | SmoeDropout
+"""Those with experts."""
+Ffn = Swiglu | Geglu | SquaredRelu | PolyNorm | Sparse
 
-__all__ = ["Ffn", "Geglu", "Moe", "PolyNorm", "SquaredRelu", "Swiglu"]
+__all__ = [
+    "BlockFfn",
+    "Ffn",
+    "Geglu",
+    "Moe",
+    "PolyNorm",
+    "Routed",
+    "SmoeDropout",
+    "Sparse",
+    "SquaredRelu",
+    "Swiglu",
+]

@@ -1,37 +1,42 @@
 """Experts: many feed-forward layers, of which a router gives every token to a few (Shazeer et al., 2017)."""
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import log, sqrt
-from typing import NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from farspan.kernels.random import Normal
 from farspan.kernels.route import Score, route
+from farspan.kernels.router_logits import router_logits
+from farspan.models.ffns.balance import even, quantiles, shifted
+from farspan.models.ffns.capacity import Drop, within
+from farspan.models.ffns.experts import Experts, plain_problems, spread_problems
 from farspan.models.ffns.gated import GatedFfn, Swiglu
+from farspan.models.ffns.router import (
+    Jitter,
+    Kept,
+    Routed,
+    RowSums,
+    Scope,
+    Tally,
+    by_row,
+    met,
+    numbered,
+    squared_lse,
+    without_padding,
+)
 from farspan.models.linear import Linear, Plain
 from farspan.models.roles import RoleKind
 from farspan.parallel.context.shard import Documents
-from farspan.parallel.expert import Dispatcher, Local
-from farspan.parallel.placement import Expert, Placement
+from farspan.parallel.sums import Now
 
-
-class Tally(NamedTuple):
-    """What a router reports of this rank's tokens, row by row."""
-
-    given: Tensor
-    """Tokens that each expert was given, R E, in at least fp32."""
-    scores: Tensor
-    """Sums of each expert's scores, of one in all for a token, R E, differentiable; a zero where none are asked for."""
-    z: Tensor
-    """Sums of the squared log-sum-exp of logits, R, differentiable; a zero where none are asked for."""
+Bias = Literal["none", "aux_free", "quantile"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Moe:
-    """SwiGLU experts, each token's few chosen by its scores; none is dropped and none waits."""
+    """SwiGLU experts, each token's few chosen by its scores."""
 
     experts: int
     """How many there are."""
@@ -41,6 +46,8 @@ class Moe:
     """Channels between the two products of one expert."""
     shared: int = 0
     """Channels of an expert that every token meets besides (DeepSeek-AI, 2024); 0: there is none."""
+    shared_gate: bool = False
+    """That expert's output is multiplied by the sigmoid of a learned product with the token (Qwen2)."""
     score: Score = "softmax"
     """softmax: over all experts, of which the best are chosen. softmax_after: over the chosen ones' logits alone
     (Mixtral). sigmoid: of each expert by itself (DeepSeek-V3)."""
@@ -53,10 +60,28 @@ class Moe:
     kept_groups: int = 1
     """How many groups take part, those whose two best experts score most."""
     balance: float = 0.01
-    """Weight of a loss that is least where every expert is given as many tokens of a row as any other (Fedus et al.,
-    2022): a row's is 1 if so, and their mean, weighed by labels, is added to the mean of the tokens' losses."""
+    """Weight of a loss that is least where every expert is given as many tokens as any other (Fedus et al., 2022): 1
+    if so in a row; the rows' mean, weighed by labels, is added to the mean of the tokens' losses."""
+    balance_over: Scope = "row"
+    """Whose tokens are to be even: a row's; a micro-batch's of a dp rank; or the step's so far, on all ranks. Only the
+    first is the same on every mesh and with micro-batches of any size."""
+    bias: Bias = "none"
+    """What is added to scores for the choice alone, without a gradient. aux_free: after every step bias_rate more for
+    experts with fewer tokens than the mean and as much less for the others (Wang et al., 2024). quantile: what would
+    have made the last step's loads even."""
+    bias_rate: float = 1e-3
+    """How far aux_free moves the bias in a step."""
     z_loss: float = 0.0
     """Weight of the mean squared log-sum-exp of the router's logits (Zoph et al., 2022: 1e-3)."""
+    jitter: float = 0.0
+    """In training the router reads tokens times a random factor that is this near to 1 (Fedus et al., 2022: 1e-2)."""
+    capacity: float | None = None
+    """An expert takes so many times its even part of a row's visits, rounded up, and no more; null: all of them."""
+    drop: Drop = "last"
+    """Which visits beyond that are left out: of the last tokens of the row, or of least probability. The probabilities
+    of the others stay what they are."""
+    forced: bool = False
+    """Experts are chosen in turns, whatever the scores: even loads, for benchmarks only."""
 
     def __post_init__(self) -> None:
         if self.experts < 2:
@@ -69,9 +94,29 @@ class Moe:
             raise ValueError(f"active={self.active}: must be at least 1, and no more than the experts that take part")
         if self.hidden < 1 or self.shared < 0:
             raise ValueError(f"hidden={self.hidden}, shared={self.shared}: must be at least 1 and 0")
+        if self.shared_gate and not self.shared:
+            raise ValueError("shared_gate=True: there is no shared expert to multiply; set shared, or false")
         if self.balance < 0 or self.z_loss < 0 or self.scale <= 0:
             raise ValueError(
                 f"balance={self.balance}, z_loss={self.z_loss}, scale={self.scale}: must not be negative, nor scale 0"
+            )
+        if not 0 <= self.jitter < 1:
+            raise ValueError(f"jitter={self.jitter}: must be from 0 to below 1; 1e-2 is usual")
+        if self.capacity is not None and self.capacity <= 0:
+            raise ValueError(f"capacity={self.capacity}: must be above 0; 1.25 is usual, null for none")
+        self._check_bias()
+
+    def _check_bias(self) -> None:
+        if self.bias_rate <= 0:
+            raise ValueError(f"bias_rate={self.bias_rate}: must be above 0; 1e-3 is usual, bias: none for no bias")
+        if self.bias != "none" and self.score == "softmax_after":
+            raise ValueError(
+                f"bias={self.bias}: is for scores of a fixed range; set score: sigmoid or softmax, or bias: none"
+            )
+        if self.bias == "quantile" and (self.groups > 1 or self.active == self.experts):
+            raise ValueError(
+                f"bias=quantile: needs groups=1 and active below experts, not groups={self.groups} and "
+                f"active={self.active}; set bias: aux_free"
             )
 
     def tensor_problems(self, tp: int) -> list[str]:
@@ -80,139 +125,128 @@ class Moe:
 
     def expert_problems(self, ep: int, etp: int) -> list[str]:
         """What keeps the experts from being dealt out to `ep` ranks, and each to `etp`."""
-        found = []
-        if self.experts % ep:
-            found.append(f"experts={self.experts}: must be a multiple of parallel.ep={ep}")
-        if self.hidden % etp:
-            found.append(f"hidden={self.hidden}: must be a multiple of parallel.etp={etp}")
-        return found
+        return spread_problems(self.experts, self.hidden, ep, etp)
 
     def linear_problems(self, linear: Linear, width: int, tp: int) -> list[str]:
         """What keeps the products from being built as `linear`."""
-        if isinstance(linear, Plain):
-            return []
-        return ["experts: their products are in the type of the weights alone; set linear: {kind: plain}"]
+        return plain_problems(linear)
 
     def build(self, width: int, depth: int, linear: Linear = Plain()) -> "MoeFfn":  # noqa: B008 - frozen
         return MoeFfn(self, width, depth)
 
 
-class Experts(nn.Module):
-    """The weights of all experts, E of them, in stacks: what ranks of ep and etp deal out."""
-
-    def __init__(self, count: int, hidden: int, width: int, depth: int) -> None:
-        super().__init__()
-        self.w13 = nn.Parameter(torch.empty(count, 2, hidden, width))
-        self.w2 = nn.Parameter(torch.empty(count, width, hidden))
-        self.depth, self.size = depth, 3 * hidden * width
-        self.start = {
-            "w13": Normal(0.0, width**-0.5),
-            "w2": Normal(0.0, hidden**-0.5 / sqrt(2 * depth)),
-        }
-        self.dispatcher: Dispatcher = Local()
-
-    def initial(self) -> dict[str, Normal]:
-        return self.start
-
-    def placements(self) -> dict[str, Placement]:
-        return {"w13": Expert(2), "w2": Expert(2)}
-
-    def forward(self, tokens: Tensor, chosen: Tensor, probability: Tensor) -> Tensor:
-        """N D -> N D; see `farspan.parallel.expert.dispatch.Dispatcher.run`."""
-        return self.dispatcher.run(tokens, chosen, probability, self.w13, self.w2)
-
-
-class MoeFfn(nn.Module):
-    reads_codes = False
-
+class MoeFfn(Routed):
     def __init__(self, config: Moe, width: int, depth: int) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.scope = config, config.balance_over
         self.router = nn.Linear(width, config.experts, bias=False)
         self.experts = Experts(config.experts, config.hidden, width, depth)
         self.shared: GatedFfn | None = Swiglu(hidden=config.shared).build(width, depth) if config.shared else None
+        self.shared_gate = nn.Linear(width, 1, bias=False) if config.shared_gate else None
+        self.bias = None if config.bias == "none" else Kept(config.experts)
+        self.jitter = Jitter(config.jitter) if config.jitter else None
 
     def initial(self) -> dict[str, Normal]:
-        """The router's logits have a variance of one, which is small beside what it learns."""
-        return {"router.weight": Normal(0.0, self.router.in_features**-0.5)}
+        """The logits of router and gate have a variance of one, which is small beside what they learn."""
+        start = Normal(0.0, self.router.in_features**-0.5)
+        gate = {} if self.shared_gate is None else {"shared_gate.weight": start}
+        return {"router.weight": start, **gate, **({} if self.bias is None else {"bias.value": Normal(0.0, 0.0)})}
 
     def roles(self) -> dict[str, RoleKind]:
-        return {"router.weight": "router"}
+        return {"router.weight": "router", **({} if self.shared_gate is None else {"shared_gate.weight": "router"})}
 
     def flops(self, lengths: tuple[int, ...]) -> int:
         """Forward operations for documents of these lengths: two per token and weight that it meets."""
         met = self.router.weight.numel() + self.config.active * self.experts.size
+        met += 0 if self.shared_gate is None else self.shared_gate.weight.numel()
         return 2 * sum(lengths) * met + (0 if self.shared is None else self.shared.flops(lengths))
 
     def forward(self, x: Tensor, documents: Documents) -> tuple[Tensor, Tally]:
         """x: B T D, this rank's tokens. Logits, scores and choice are in at least fp32; padding meets no expert."""
-        config, tokens = self.config, x.flatten(0, 1)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        logits = nn.functional.linear(tokens.to(wide), self.router.weight.to(wide))
-        groups = None if config.groups == 1 else (config.groups, config.kept_groups)
-        settings = {"normalised": config.normalised, "scale": config.scale}
-        probability, chosen = route(logits, config.active, score=config.score, groups=groups, **settings)  # type: ignore[arg-type]
-        if documents.places is not None:
-            chosen = torch.where(documents.places.view(-1, 1) >= 0, chosen, -1)
+        tokens = x.flatten(0, 1)
+        numbers, whole = numbered(documents, x)
+        logits = self._logits(tokens, numbers, whole[1])
+        probability, chosen = self._route(logits, numbers)
+        wanted = chosen = without_padding(chosen, documents)
+        if self.config.capacity is not None:
+            chosen = self._within(wanted, probability, numbers, whole)
         out = self.experts(tokens, chosen, probability).view_as(x)
         if self.shared is not None:
-            out = out + self.shared(x)
-        return out, self._tally(logits, chosen, lambda each: by_row(each, documents, len(x)))
+            beside = self.shared(x)
+            out = out + (beside if self.shared_gate is None else beside * self.shared_gate(x).sigmoid())
+        return out, self._tally(logits, wanted, chosen, documents, len(x))
 
-    def _tally(self, logits: Tensor, chosen: Tensor, summed: Callable[[Tensor], Tensor]) -> Tally:
-        """logits: N E; chosen: N K; summed: over rows, N E -> R E."""
+    def _logits(self, tokens: Tensor, numbers: Tensor, length: int) -> Tensor:
+        if self.jitter is not None and torch.is_grad_enabled():
+            tokens = self.jitter(tokens.to(torch.promote_types(tokens.dtype, torch.float32)), numbers, length)
+        return router_logits(tokens, self.router.weight)
+
+    def _route(self, logits: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        config = self.config
+        groups = None if config.groups == 1 else (config.groups, config.kept_groups)
+        turns: Tensor | None = None
+        if config.forced:
+            turn = torch.arange(config.active, dtype=torch.int32, device=logits.device)
+            turns = (numbers.int().unsqueeze(1) * config.active + turn) % config.experts
+        return route(
+            logits,
+            config.active,
+            score=config.score,
+            bias=None if self.bias is None else self.bias.value,
+            groups=groups,
+            normalised=config.normalised,
+            scale=config.scale,
+            chosen=turns,
+        )
+
+    def _within(self, chosen: Tensor, probability: Tensor, numbers: Tensor, whole: tuple[int, int]) -> Tensor:
+        config = self.config
+        assert config.capacity is not None
+        room = {"factor": config.capacity, "drop": config.drop, "every": self.experts.dispatcher.every}
+        return within(chosen, probability / config.scale, numbers, whole, config.experts, **room)  # type: ignore[arg-type]
+
+    def _scores(self, logits: Tensor) -> Tensor:
+        """N E, of one in all for a token."""
+        if self.config.score != "sigmoid":
+            return logits.softmax(-1)
+        each = logits.sigmoid()
+        return each / (each.sum(-1, keepdim=True) + 1e-20)
+
+    def _tally(self, logits: Tensor, wanted: Tensor, chosen: Tensor, documents: Documents, rows: int) -> Tally:
+        """logits: N E; wanted, chosen: N K, before and after dropping."""
         config, none = self.config, logits.new_zeros(())
-        met = torch.zeros_like(logits, requires_grad=False)
-        met = met.scatter(1, chosen.long().clamp(min=0), 1.0) * (chosen[:, :1] >= 0)
-        scores = z = none
-        if config.balance:
-            each = logits.sigmoid() if config.score == "sigmoid" else logits.softmax(-1)
-            if config.score == "sigmoid":
-                each = each / (each.sum(-1, keepdim=True) + 1e-20)
-            scores = summed(each)
-        if config.z_loss:
-            z = summed(logits.logsumexp(-1).square().unsqueeze(1)).squeeze(1)
-        return Tally(summed(met), scores, z)
+        wish = none
+        if config.bias == "quantile" and self.bias is not None:
+            with torch.no_grad():
+                scores = logits.softmax(-1) if config.score == "softmax" else logits.sigmoid()
+                wish = quantiles(scores, self.bias.value, config.active, documents.places)
+        return Tally(
+            given=by_row(met(wanted, logits), documents, rows),
+            scores=by_row(self._scores(logits), documents, rows) if config.balance else none,
+            z=squared_lse(logits, documents, rows, config.z_loss > 0),
+            dropped=none if config.capacity is None else ((wanted >= 0) & (chosen < 0)).sum().to(logits.dtype),
+            wish=wish,
+        )
 
-    def charge(self, tally: Tally, given: Tensor, rows: "RowSums") -> Tensor:
-        """What this rank's tokens are charged, in nats times labels: the ranks' parts sum to the whole.
-
-        given: R E, tokens of each row that each expert was given, on all ranks.
-        """
+    def charge(self, tally: Tally, given: Tensor, over: RowSums, rows: RowSums) -> Tensor:
         config, cost = self.config, given.new_zeros(())
-        weight = rows.labels / rows.tokens.clamp(min=1)  # R
         if config.balance:
-            share = given / (rows.tokens * config.active).clamp(min=1).unsqueeze(1)
-            cost = cost + config.balance * config.experts * (weight.unsqueeze(1) * share * tally.scores).sum()
+            cost = cost + config.balance * even(tally.scores, given, over, config.active)
         if config.z_loss:
-            cost = cost + config.z_loss * (weight * tally.z).sum()
+            cost = cost + config.z_loss * (rows.weight * tally.z).sum()
         return cost
 
+    def tell(self, name: str, now: Now) -> None:
+        if self.jitter is not None:
+            self.jitter.tell(name, now, self.router.weight.device)
 
-def by_row(x: Tensor, documents: Documents, rows: int) -> Tensor:
-    """Sums over the tokens of each row, padding left out: N E -> R E. rows: R, where this rank has all of each row."""
-    if documents.places is None:
-        return x.unflatten(0, (rows, -1)).sum(1)
-    rows, length = documents.whole
-    number = torch.arange(rows, dtype=torch.int32, device=x.device)
-    of = documents.places.flatten().div(length, rounding_mode="floor")  # -1 for padding
-    return (number.unsqueeze(1) == of).to(x.dtype) @ x  # the same each time
-
-
-class RowSums(NamedTuple):
-    """Of each row of a micro-batch, on all ranks: R each."""
-
-    tokens: Tensor
-    labels: Tensor
-
-
-def evenness(loads: Sequence[Tensor]) -> dict[str, Tensor]:
-    """How evenly tokens were given to experts, of the layer where that is worst: device scalars.
-
-    load_max: the fullest expert's tokens over the mean, 1 at best. load_entropy: of the shares, over that of equal
-    ones, 1 at best. loads: of each layer, E.
-    """
-    fullest = [load.max() / load.mean().clamp(min=1e-30) for load in loads]
-    shares = [load / load.sum().clamp(min=1e-30) for load in loads]
-    entropies = [torch.special.entr(share).sum() / log(len(share)) for share in shares]
-    return {"load_max": torch.stack(fullest).max(), "load_entropy": torch.stack(entropies).min()}
+    @torch.no_grad()
+    def settle(self, load: Tensor, wish: Tensor, scale: Tensor) -> None:
+        if self.bias is None:
+            return
+        bias = self.bias.value
+        if self.config.bias == "quantile":
+            moved = (wish / (load.sum() / self.config.active).clamp(min=1)).to(bias.dtype)
+        else:
+            moved = shifted(bias, load, self.config.bias_rate)
+        bias.copy_(torch.where(scale > 0, moved, bias))

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from farspan.kernels.expert_layer import expert_layer
+from farspan.kernels.grouped_gemm import grouped_mm
 from farspan.kernels.permute import Order, permute, sort, unpermute
 from farspan.parallel.comm import Group, gather, gather_rows, scatter
 
@@ -31,6 +32,8 @@ class Axes:
     """Ranks that have other channels of the same experts."""
     mates: Group | None = None
     """Ranks that hold the tokens of the same rows: those of cp and tp."""
+    everyone: Group | None = None
+    """All ranks that hold tokens."""
     hosts: Group | None = None
     """All ranks, for a number between their hosts."""
 
@@ -45,11 +48,18 @@ class Dispatcher(Protocol):
         """What each of this rank's tokens makes of its chosen experts: N D -> N D.
 
         chosen: N K int32 of all E experts, other numbers for nobody; probability: N K; w13 and w2 as this rank has
-        them, E/ep 2 I/etp D and E/ep D I/etp.
+        them, E/ep 2 I/etp D and E/ep D I/etp; E/ep 1 I/etp D where experts have no gate, silu(w13 · x) alone.
         """
 
     def whole(self, counts: Tensor) -> Tensor:
         """The sum over the ranks that hold the tokens of the same rows, without a gradient."""
+
+    def everywhere(self, counts: Tensor) -> Tensor:
+        """The sum over all ranks, without a gradient."""
+
+    def every(self, said: Tensor) -> Tensor:
+        """N … -> M …: what the ranks say that hold the tokens of the same rows; with a gradient where it is of floating
+        point."""
 
 
 class Local:
@@ -72,7 +82,7 @@ class Local:
 
     def run(self, tokens: Tensor, chosen: Tensor, probability: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
         if tokens.is_meta:  # to be measured: as many tokens come as go
-            return expert_layer(tokens, w13, w2, probability, sort(chosen, len(w13)))
+            return _through(tokens, w13, w2, probability, sort(chosen, len(w13)))
         count = len(tokens)
         if missing := max(0, self._most - count):
             tokens, probability = (F.pad(x, (0, 0, 0, missing)) for x in (tokens, probability))
@@ -88,9 +98,21 @@ class Local:
             return counts
         return _OPS.wait_tensor(_OPS.all_reduce(counts.detach(), "sum", self.axes.mates.name))
 
+    def everywhere(self, counts: Tensor) -> Tensor:
+        if self.axes.everyone is None or counts.is_meta:
+            return counts
+        return _OPS.wait_tensor(_OPS.all_reduce(counts.detach(), "sum", self.axes.everyone.name))
+
+    def every(self, said: Tensor) -> Tensor:
+        if (mates := self.axes.mates) is None or said.is_meta:
+            return said
+        if said.is_floating_point():
+            return gather(said.unsqueeze(0), mates).squeeze(0)
+        return gather_rows(said, mates).flatten(0, 1)
+
     def _meet(self, tokens: Tensor, chosen: Tensor, probability: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
         """tokens: of all etp."""
-        return expert_layer(tokens, w13, w2, probability, sort(chosen, len(w13)))
+        return _through(tokens, w13, w2, probability, sort(chosen, len(w13)))
 
 
 class Gathered(Local):
@@ -105,7 +127,7 @@ class Gathered(Local):
     def _meet(self, tokens: Tensor, chosen: Tensor, probability: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
         tokens, probability = (gather(x.unsqueeze(0), self.ep).squeeze(0) for x in (tokens, probability))
         mine = gather_rows(chosen, self.ep).flatten(0, 1) - self.ep.rank * len(w13)
-        found = expert_layer(tokens, w13, w2, probability, sort(mine, len(w13)))
+        found = _through(tokens, w13, w2, probability, sort(mine, len(w13)))
         return scatter(found.unsqueeze(0), self.ep).squeeze(0)
 
 
@@ -135,7 +157,17 @@ class Exchanged(Local):
         guests, share = (exchange(permute(x, order), *there, self.ep) for x in (tokens, probability))
         seats = sort(mine, count)
         seats = Order(rows=seats.rows[: sum(visits)], places=seats.places, ends=seats.ends)
-        return unpermute(exchange(expert_layer(guests, w13, w2, share, seats), *back, self.ep), order)
+        return unpermute(exchange(_through(guests, w13, w2, share, seats), *back, self.ep), order)
+
+
+def _through(tokens: Tensor, w13: Tensor, w2: Tensor, probability: Tensor, order: Order) -> Tensor:
+    """What each token makes of its experts among those of w13 and w2."""
+    if w13.shape[1] == 2:
+        return expert_layer(tokens, w13, w2, probability, order)
+    share = probability.flatten()[order.rows.long()].unsqueeze(1)
+    found = grouped_mm(permute(tokens, order), w13.squeeze(1).transpose(1, 2), order.ends)
+    inner = (F.silu(found.to(share.dtype)) * share).to(found.dtype)
+    return unpermute(grouped_mm(inner, w2.transpose(1, 2), order.ends), order)
 
 
 def _once(owner: Tensor) -> Tensor:

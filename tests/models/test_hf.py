@@ -353,6 +353,7 @@ def test_what_cannot_be_imported_is_named(name: str, change: dict[str, Any], sai
         ({"ffn": {"kind": "geglu"}}, "model.blocks.0.ffn: every layer of theirs has swiglu or moe"),
         ({"ffn": {"kind": "moe", "experts": 4, "active": 1, "score": "sigmoid"}}, "ffn.score=sigmoid"),
         ({"ffn": {"kind": "moe", "experts": 4, "active": 1, "shared": 3}}, "ffn.shared=3: theirs have 0"),
+        ({"ffn": {"kind": "moe", "experts": 4, "active": 1, "bias": "aux_free"}}, "ffn.bias=aux_free: theirs"),
         ({"ffn": {"kind": "moe", "experts": 4, "active": 1, "normalised": False}}, "only Qwen3-MoE has it"),
     ],
 )

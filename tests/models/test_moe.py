@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from farspan.models.block import Block
 from farspan.models.decoder import Decoder, initial
 from farspan.models.ffns import Moe, Swiglu, moe
-from farspan.models.ffns.moe import MoeFfn, RowSums, Tally, evenness
+from farspan.models.ffns.moe import MoeFfn
+from farspan.models.ffns.router import RowSums, Tally, evenness
 from farspan.models.linear import Fp8
 from farspan.models.mixers import Softmax
 from farspan.models.norm import Rms
@@ -21,7 +22,7 @@ from farspan.models.roles import roles
 from farspan.parallel import recompute
 from farspan.parallel.context.local import Local
 from farspan.parallel.context.shard import IGNORE, Batch, Documents
-from farspan.parallel.sums import Sums
+from farspan.parallel.sums import Now, Sums
 from farspan.platform.config import kind
 
 PLAIN = Moe(experts=6, active=2, hidden=5)
@@ -119,7 +120,8 @@ def test_a_row_is_charged_by_definition(name: str) -> None:
 
 def charge(module: MoeFfn, tally: Tally, length: int, labels: Tensor) -> Tensor:
     """Of rows of so many tokens."""
-    return module.charge(tally, tally.given, RowSums(torch.full_like(labels, length), labels))
+    rows = RowSums(torch.full_like(labels, length), labels)
+    return module.charge(tally, tally.given, rows, rows)
 
 
 def test_even_loads_are_charged_least() -> None:
@@ -153,12 +155,14 @@ def test_every_weight_has_a_beginning_and_a_role() -> None:
     assert kind(Moe) == "moe"
 
 
-def layered(keep: float | None, compiled: bool = False) -> tuple[Any, Tensor]:
+def layered(keep: float | None, compiled: bool = False, **more: Any) -> tuple[Any, Tensor]:
     torch.manual_seed(0)
-    block = Block(mixer=Softmax(heads=2), ffn=Moe(experts=8, active=3, hidden=16, z_loss=0.1))
+    block = Block(mixer=Softmax(heads=2), ffn=Moe(experts=8, active=3, hidden=16, z_loss=0.1, **more))
     layer = block.build(16, 2, Rms(), "pre", Local())
     for weight in layer.parameters():
         torch.nn.init.normal_(weight, std=0.3)
+    if more:
+        layer.ffn.tell("layers.0.ffn", Now(seed=0, step=1, row=0, first=True))  # type: ignore[union-attr]
     recompute.apply(layer, keep)
     if compiled:
         torch._dynamo.reset()
@@ -176,7 +180,8 @@ def gradients_of(layer: Any, x: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("keep", [0.0, 0.5])
 def test_recomputation_changes_nothing(keep: float, compiled: bool) -> None:
-    plain, again = gradients_of(*layered(None)), gradients_of(*layered(keep, compiled))
+    more: dict[str, Any] = {"jitter": 0.2, "capacity": 1.0, "drop": "least", "bias": "aux_free"}
+    plain, again = gradients_of(*layered(None, **more)), gradients_of(*layered(keep, compiled, **more))
     for ours, theirs in zip(again, plain, strict=True):
         if compiled:
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)

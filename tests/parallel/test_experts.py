@@ -9,7 +9,7 @@ from torch import Tensor
 
 from farspan.models.block import Block
 from farspan.models.decoder import Decoder, initial
-from farspan.models.ffns import Moe, Swiglu
+from farspan.models.ffns import BlockFfn, Moe, SmoeDropout, Swiglu
 from farspan.models.mixers import Softmax
 from farspan.parallel.context import Axis, Ring, Runtime
 from farspan.parallel.context.shard import IGNORE, Batch
@@ -33,6 +33,28 @@ def model(balance: float) -> Decoder:
         vocabulary=VOCABULARY,
         blocks=(Block(mixer=mixer, ffn=many), Block(mixer=mixer, ffn=Swiglu(hidden=8)), Block(mixer=None, ffn=grouped)),
     )
+
+
+def restless(balance: float) -> Decoder:
+    """Routers that keep a bias, draw by chance, count over the step and drop visits, grow, and compare neighbours."""
+    noisy = Moe(
+        experts=16, active=3, hidden=8, balance=balance, balance_over="step", bias="aux_free", bias_rate=0.05,
+        jitter=0.3, capacity=2.0, drop="least",
+    )  # fmt: skip
+    gated = Moe(
+        experts=8, active=2, hidden=12, shared=8, shared_gate=True, score="sigmoid", capacity=1.1, balance=balance
+    )
+    growing = SmoeDropout(experts=8, hidden=4, first=2, last=4, over=2)
+    alone = BlockFfn(experts=8, hidden=4, most=6, locality=0.1, sharpness=3.0, sparsity=0.3, chunk=4)
+    mixer = Softmax(heads=4, head_dim=6)
+    blocks = (
+        Block(mixer=mixer, ffn=noisy), Block(mixer=mixer, ffn=gated), Block(mixer=None, ffn=growing),
+        Block(mixer=None, ffn=alone),
+    )  # fmt: skip
+    return Decoder(width=22, vocabulary=VOCABULARY, blocks=blocks)
+
+
+MODELS = {"plain": model, "restless": restless}
 
 
 def batches(rank: int, dp: int, micro: int) -> list[Batch]:
@@ -68,7 +90,12 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def probe(
-    cuts: list[dict[str, Any]], micro: int, kept: float | None = None, balance: float = 0.5, compiled: bool = False
+    cuts: list[dict[str, Any]],
+    micro: int,
+    kept: float | None = None,
+    balance: float = 0.5,
+    compiled: bool = False,
+    name: str = "plain",
 ) -> list[Any]:
     torch.set_default_dtype(torch.float64)
     control = dist.new_group(backend="gloo")
@@ -78,7 +105,7 @@ def probe(
         mesh = Mesh(parallel.sizes(dist.get_world_size()), torch.device("cpu"), control)
         context = runtime(parallel, mesh)
         with torch.device("meta"):
-            built = model(balance).build(VOCABULARY, context)
+            built = MODELS[name](balance).build(VOCABULARY, context)
         engine = Engine(
             built,
             list(built.layers),
@@ -95,12 +122,19 @@ def probe(
         labels = torch.tensor(float(sum(batch.valid for batch in work)))
         dist.all_reduce(labels, group=mesh.dense.get_group("dp"))
         found: dict[str, Any] = {"loss": engine.sum(engine.forward_backward(work, labels.item()))}
-        found |= {"cost": engine.sum(engine.cost), "loads": [engine.sum(load) for load in engine.loads]}
+        found |= {"cost": engine.cost, "loads": engine.loads, "told": engine.told}
         found |= {"norm": engine.gradient_norm()}
         found["gradients"] = {n: whole(w.grad) for n, w in engine.weights.items() if w.grad is not None}
         found["held out"] = engine.evaluate(batches(0, 1, 3)[0])
         optimizer.update(1e-2, torch.tensor(0.5))
+        engine.settle(torch.tensor(0.5))
         found["end"] = {n: whole(w) for n, w in engine.weights.items()}
+        found["kept"] = {n: kept.clone() for n, kept in engine.buffers.items()}
+        if name != "plain":
+            engine.clear()
+            engine.step = 1
+            found["second loss"] = engine.sum(engine.forward_backward(work, labels.item()))
+            found["second told"] = engine.told
         results.append(found)
     return results
 
@@ -181,6 +215,38 @@ def test_ranks_equal_one_rank(ranks: Any, one_rank: dict[str, Any], world: int, 
         for cut, found in zip(CUTS[world], of_rank, strict=True):
             print(cut)
             same(found, one_rank)
+
+
+RESTLESS: dict[int, list[dict[str, Any]]] = {
+    4: [{"tp": 2, "cp": 2, "ep": 2, **A2A}, {"ep": 2, "etp": 2, **GATHER}, {"cp": 2, "ep": 4, **A2A}],
+    8: [{"tp": 2, "cp": 2, "ep": 4, "etp": 2, **A2A}, {"cp": 4, "ep": 2, **WEIGHTS}, {"ep": 8, **GATHER}],
+}
+
+
+@pytest.fixture(scope="module")
+def restless_alone(ranks: Any) -> dict[str, Any]:
+    found: dict[str, Any] = ranks(1, probe, cuts=[{}], micro=8, name="restless")[0][0]
+    assert found["told"][0] > 100, "many visits are dropped"
+    assert found["kept"]["layers.0.ffn.bias.value"].abs().max() > 0.01
+    return found
+
+
+@pytest.mark.parametrize(("world", "kept"), [(4, 0.0), pytest.param(8, 0.5, marks=pytest.mark.laws)])
+def test_what_routers_keep_and_drop_is_alike_on_ranks(
+    ranks: Any, restless_alone: dict[str, Any], world: int, kept: float
+) -> None:
+    """Rows' visits are dropped, tokens shaken and biases moved alike, whoever holds the tokens."""
+    for of_rank in ranks(world, probe, cuts=RESTLESS[world], micro=8, kept=kept, name="restless"):
+        for cut, found in zip(RESTLESS[world], of_rank, strict=True):
+            print(cut)
+            same(found, restless_alone)
+
+
+def test_what_is_dropped_and_shaken_is_of_the_row(ranks: Any, restless_alone: dict[str, Any]) -> None:
+    """In micro-batches of another size only what counts over the step differs."""
+    again = ranks(1, probe, cuts=[{}], micro=3, name="restless")[0][0]
+    for key in ("loss", "told", "loads"):
+        same(again[key], restless_alone[key])
 
 
 def test_a_charge_that_outweighs_all_else_is_shared_alike(ranks: Any) -> None:
