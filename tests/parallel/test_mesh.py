@@ -65,6 +65,29 @@ def test_auto_takes_what_is_left() -> None:
     assert Parallel(cp=2).sizes(4) == Sizes(pp=1, dp=2, cp=2, tp=1, ep=1, etp=1, shard=4)
 
 
+def cuts() -> Iterator[tuple[Parallel, int]]:
+    """Every cut of up to 16 ranks."""
+    for world in range(1, 17):
+        sizes = [size for size in range(1, world + 1) if world % size == 0]
+        for tp, cp, shard, ep, etp in product(sizes, repeat=5):
+            if world % (tp * cp) == 0 and (world // tp) % shard == 0 and (shard * tp) % (ep * etp) == 0:
+                yield Parallel(tp=tp, cp=cp, shard=shard, ep=ep, etp=etp), world
+
+
+def test_both_views_are_the_same_ranks() -> None:
+    """Each rank has one place in the expert view, and a copy of the experts lies where a copy of all else does."""
+    seen = 0
+    for parallel, world in cuts():
+        sizes = parallel.sizes(world)
+        experts, dense = sizes.experts(), sizes.pieces(1)
+        assert experts.flatten().sort().values.tolist() == list(range(world))
+        assert sizes.edp == sizes.replicate * sizes.expert_shard
+        for copy in range(sizes.replicate):
+            assert set(experts[:, copy].flatten().tolist()) == set(dense[:, copy].flatten().tolist())
+        seen += 1
+    assert seen > 1000
+
+
 def groups_of() -> dict[str, list[int]]:
     sizes = Sizes(pp=1, dp=2, cp=1, tp=2, ep=2, etp=1, shard=2)
     mesh = Mesh(sizes, torch.device("cpu"), dist.new_group(backend="gloo"))
