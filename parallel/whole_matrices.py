@@ -48,7 +48,8 @@ class WholeMatrices:
 
     def __init__(self, weights: Mapping[str, Tensor], cost: Callable[[int, int], int], limit: int = 1 << 26) -> None:
         """weights: DTensors of two to four axes (of four the second is never cut), sharded or replicated over all ranks
-        in any order, in this order on every rank; cost: operations for one matrix of (rows, columns). ValueError: a weight is cut otherwise."""
+        in any order, in this order on every rank; cost: operations for one matrix of (rows, columns). ValueError: a
+        weight is cut otherwise."""
         self.ranks = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self._cuts: dict[tuple[object, ...], Cut] = {}
