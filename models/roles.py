@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 from torch import nn
 
-from farspan.parallel.placement import Row
+from farspan.parallel.placement import Expert, Row
 from farspan.parallel.tensor import declared
 
 RoleKind = Literal["matrix", "embedding", "head", "router", "norm"]
@@ -20,7 +20,7 @@ class Role:
     kind: RoleKind
     """norm stands for every weight of fewer than two axes: norms, biases, sinks."""
     cut_inputs: bool = False
-    """Whether tensor parallelism would cut its last axis."""
+    """Whether tp, or of experts etp, would cut its last axis."""
 
 
 def roles(model: nn.Module) -> dict[str, Role]:
@@ -33,9 +33,10 @@ def roles(model: nn.Module) -> dict[str, Role]:
     }
     cut = {
         f"{path}.{name}" if path else name
-        for path, _, placements in declared(model)
+        for path, module, placements in declared(model)
         for name, placement in placements.items()
         if isinstance(placement, Row)
+        or (isinstance(placement, Expert) and placement.channels == module.get_parameter(name).dim() - 1)
     }
     return {
         name: Role(told.get(name, "norm" if weight.dim() < 2 else "matrix"), name in cut)

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from farspan.parallel.fsdp import local
 
 Box = tuple[slice, slice, slice]
-"""A part of a tensor of three axes; tensors of two have one matrix."""
+"""A part of a tensor of three axes: matrices, rows, columns. Of tensors of four the first two count matrices."""
 
 
 class Stack(NamedTuple):
@@ -47,8 +47,9 @@ class WholeMatrices:
     """
 
     def __init__(self, weights: Mapping[str, Tensor], cost: Callable[[int, int], int], limit: int = 1 << 26) -> None:
-        """weights: DTensors of two or three axes, sharded or replicated over all ranks in any order, in this order on
-        every rank; cost: operations for one matrix of (rows, columns). ValueError: a weight is cut otherwise."""
+        """weights: DTensors of two to four axes (of four the second is never cut), sharded or replicated over all ranks
+        in any order, in this order on every rank; cost: operations for one matrix of (rows, columns). ValueError: a
+        weight is cut otherwise."""
         self.ranks = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self._cuts: dict[tuple[object, ...], Cut] = {}
@@ -104,9 +105,9 @@ class WholeMatrices:
         _exchange(leaving, coming, dtype, local(parts[stacks[0].name]).device)
 
     def cut(self, tensor: Tensor) -> Cut:
-        """How a tensor of two or three axes lies on the ranks. What is no DTensor is whole on each."""
+        """How a tensor of two to four axes lies on the ranks. What is no DTensor is whole on each."""
         if not isinstance(tensor, DTensor):
-            whole = _box([(0, size) for size in tensor.shape])
+            whole = _box([(0, size) for size in tensor.shape], tensor.shape)
             return Cut((whole,) * self.ranks, tuple(range(self.ranks)))
         key = (tensor.shape, tensor.device_mesh, tensor.placements)
         if key not in self._cuts:
@@ -156,9 +157,9 @@ def _exchange(
 
 def _stacks(name: str, weight: Tensor, ranks: int) -> list[Stack]:
     """A weight's matrices in at most one run for each rank."""
-    if weight.dim() not in (2, 3):
-        raise ValueError(f"{name} of {tuple(weight.shape)}: holds no matrices; give weights of two or three axes only")
-    count = weight.shape[0] if weight.dim() == 3 else 1
+    if weight.dim() not in (2, 3, 4):
+        raise ValueError(f"{name} of {tuple(weight.shape)}: holds no matrices; give weights of two to four axes only")
+    count = prod(weight.shape[:-2])
     run = -(-count // ranks)
     return [Stack(name, first, min(run, count - first)) for first in range(0, count, run)]
 
@@ -177,16 +178,21 @@ def _cut(shape: tuple[int, ...], mesh: DeviceMesh, placements: Sequence[Placemen
                 sides[placement.dim] = (min(start + at * step, stop), min(start + (at + 1) * step, stop))
             else:
                 raise ValueError(f"a weight lies as {placement} on its mesh; each axis must be Shard or Replicate")
-        found[int(mesh.mesh[place])] = (_box(sides), copy)
+        found[int(mesh.mesh[place])] = (_box(sides, shape), copy)
     if sorted(found) != list(range(ranks)):
         raise ValueError(f"a weight lies on ranks {sorted(found)}; its mesh must cover all {ranks}")
     return Cut(tuple(found[r][0] for r in range(ranks)), tuple(found[r][1] for r in range(ranks)))
 
 
-def _box(sides: Sequence[tuple[int, int]]) -> Box | None:
-    """(start, stop) of two or three axes as three; None where nothing is inside."""
+def _box(sides: Sequence[tuple[int, int]], shape: Sequence[int]) -> Box | None:
+    """(start, stop) of two to four axes as three; None where nothing is inside."""
     if any(start == stop for start, stop in sides):
         return None
+    if len(sides) == 4:
+        (start, stop), second, *sides = sides
+        if second != (0, shape[1]):
+            raise ValueError(f"a weight {tuple(shape)} is cut along its second axis; its first and its last two may be")
+        sides = [(start * shape[1], stop * shape[1]), *sides]
     first, rows, columns = (slice(*side) for side in ([(0, 1)] * (3 - len(sides)) + list(sides)))
     return first, rows, columns
 
@@ -205,4 +211,4 @@ def _seen_from(box: Box, corner: tuple[int, ...]) -> Box:
 
 
 def _three(part: Tensor) -> Tensor:
-    return part if part.dim() == 3 else part.unsqueeze(0)
+    return part.flatten(0, 1) if part.dim() == 4 else part if part.dim() == 3 else part.unsqueeze(0)

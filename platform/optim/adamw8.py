@@ -154,5 +154,5 @@ def check(name: str, weight: Tensor, block: int) -> None:
     if block and width % block:
         raise ValueError(
             f"optim.max_tp: {name}: rows of {weight.shape[-1]} are cut to {width}, which blocks of {block} codes do "
-            "not divide; launch convert the run to an optim.max_tp of parallel.tp at least"
+            "not divide; launch convert the run to an optim.max_tp of parallel.tp and parallel.etp at least"
         )

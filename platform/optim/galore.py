@@ -72,7 +72,7 @@ class _LowRank:
 
     def projects(self, shape: tuple[int, ...], role: Role) -> bool:
         """Whether a weight's matrices are seen through `rank` directions."""
-        return holds_matrices(shape, role) and min(shape[-2:]) > self.rank
+        return holds_matrices(shape, role) and len(shape) < 4 and min(shape[-2:]) > self.rank
 
     def state_bytes(self, shape: tuple[int, ...], role: Role) -> int:
         """Bytes of state of one whole weight: the directions, two moments and the history, all in fp32."""

@@ -52,8 +52,8 @@ def check(*, rate: float, weight_decay: float, max_norm: float | None, rest: Res
 
 
 def holds_matrices(shape: tuple[int, ...], role: Role) -> bool:
-    """Whether a weight is one matrix, or a stack of experts: E out in."""
-    return role.kind == "matrix" and len(shape) in (2, 3)
+    """Whether a weight is one matrix, or a stack of experts': E out in, or E 2 out in."""
+    return role.kind == "matrix" and len(shape) in (2, 3, 4)
 
 
 def at_least_fp32(tensor: Tensor) -> torch.dtype:

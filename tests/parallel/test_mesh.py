@@ -19,7 +19,7 @@ def cuts(world: int) -> list[Sizes]:
         if world % pp or inner % (cp * tp) or inner % (ep * etp):
             continue
         dp = inner // (cp * tp)
-        if (dp * cp) % shard == 0:
+        if (dp * cp) % shard == 0 and (shard * tp) % (ep * etp) == 0:
             found.append(Sizes(pp=pp, dp=dp, cp=cp, tp=tp, ep=ep, etp=etp, shard=shard))
     return found
 
@@ -35,6 +35,11 @@ def test_all_views_cover_the_same_ranks(world: int) -> None:
         assert torch.equal(dense.flatten(1), expert.flatten(1)), (
             "pipeline stages must hold the same ranks in both views"
         )
+        experts, whole = sizes.experts(), sizes.pieces(1)
+        assert sorted(experts.flatten().tolist()) == list(range(world))
+        for copy in range(sizes.replicate):
+            one, other = (set(view[:, copy].flatten().tolist()) for view in (experts, whole))
+            assert one == other, "a copy of the experts lies where a copy of all else does"
         for copies in (n for n in range(1, sizes.tp + 1) if sizes.tp % n == 0):
             pieces = sizes.pieces(copies).permute(0, 1, 4, 2, 3)  # shard, then what it shares a node with
             assert torch.equal(dense.flatten(1, 2), pieces.flatten(1, 2).flatten(2)), "dp·cp and tp split, nothing else"
