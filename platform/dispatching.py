@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from farspan.models.ffns import Moe
+from farspan.models.ffns import BlockFfn, Moe, Sparse
 from farspan.parallel.comm import Group
 from farspan.parallel.expert import Auto, WeightGather, auto
 from farspan.parallel.mesh import Mesh
@@ -46,14 +46,22 @@ def _layers(job: Job, mesh: Mesh, compute: torch.dtype) -> dict[auto.Layer, int]
     tokens = micro * job.data.sequence_length // (mesh.sizes.cp * mesh.sizes.tp)
     found: dict[auto.Layer, int] = {}
     for block in job.model.blocks:
-        if isinstance(ffn := block.ffn, Moe):
+        ffn = block.ffn
+        if isinstance(ffn, Sparse):
             layer = auto.Layer(
                 tokens=tokens,
                 experts=ffn.experts,
-                active=ffn.active,
+                active=_met(ffn),
                 width=job.model.width,
                 hidden=ffn.hidden // mesh.sizes.etp,
                 itemsize=compute.itemsize,
             )
             found[layer] = found.get(layer, 0) + block.repeat
     return found
+
+
+def _met(ffn: Sparse) -> int:
+    """Experts that a token meets at most."""
+    if isinstance(ffn, Moe):
+        return ffn.active
+    return ffn.columns if isinstance(ffn, BlockFfn) else ffn.last
