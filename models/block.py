@@ -30,6 +30,8 @@ class Block:
     """What lets tokens see each other; null: nothing."""
     ffn: Ffn | None
     """What each token does for itself; null: nothing."""
+    shared_ffn: bool = False
+    """All layers of the run have one ffn between them, each with norms of its own (WideNet, Xue et al., 2022)."""
     linear: Linear = Plain()
     """The products of mixer and ffn."""
 
@@ -38,6 +40,11 @@ class Block:
             raise ValueError(f"repeat={self.repeat}: must be at least 1; leave the block out instead")
         if self.mixer is None and self.ffn is None:
             raise ValueError("mixer=null and ffn=null: the block does nothing; leave it out instead")
+        if self.shared_ffn and (self.ffn is None or self.repeat == 1):
+            raise ValueError(
+                f"shared_ffn=True: repeat={self.repeat} layers have no ffn to share; set repeat to 2 or more and an "
+                "ffn, or shared_ffn: false"
+            )
 
     def build(self, width: int, depth: int, norm: Norm, placement: NormPlacement, context: Runtime) -> "Layer":
         return Layer(self, width, depth, norm, placement, context)
@@ -99,6 +106,11 @@ class Layer(nn.Module):
         self.ffn_norm = norm.build(width) if config.ffn else nn.Identity()
         self.mixer_norm_out = norm.build(width) if config.mixer and placement == "peri" else nn.Identity()
         self.ffn_norm_out = norm.build(width) if config.ffn and placement == "peri" else nn.Identity()
+
+    def share(self, ffn: nn.Module) -> None:
+        """From now on runs an ffn that is not its own: who owns it has its weights."""
+        del self.ffn
+        self.__dict__["ffn"] = ffn
 
     def initial(self) -> dict[str, Normal]:
         return {}

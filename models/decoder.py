@@ -142,6 +142,15 @@ class DecoderModel(nn.Module):
         repeats = [block.repeat for block in config.blocks]
         self.runs = list(zip(accumulate([0, *repeats]), repeats, strict=False))
         """(first layer, how many) of each run of equal layers."""
+        self.shared_ffns = nn.ModuleList()
+        """Those that the layers of a run have between them: no layer's own, and gathered all along."""
+        for block, (first, repeat) in zip(config.blocks, self.runs, strict=True):
+            if block.shared_ffn:
+                ffn = layers[first].ffn
+                assert ffn is not None, "Block lets no other pass"
+                self.shared_ffns.append(ffn)
+                for layer in layers[first : first + repeat]:
+                    layer.share(ffn)
         self.vocabulary: Vocabulary = Whole()
         self.dispatcher: Dispatcher = Local()
         self.routes = config.routes

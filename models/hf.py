@@ -250,6 +250,8 @@ def _unlike(model: Decoder) -> Iterator[str]:
 
 def _unlike_block(block: Block) -> Iterator[str]:
     mixer, ffn = block.mixer, block.ffn
+    if block.shared_ffn:
+        yield "shared_ffn=True: every layer of theirs has a feed-forward of its own"
     if not isinstance(mixer, Softmax):
         yield "mixer: every layer of theirs has softmax attention"
     else:

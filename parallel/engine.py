@@ -89,6 +89,8 @@ class Engine:
             model.to(held.weights)
             compute = compute or torch.float32
         folded = [(layer, unit) for layer in layers for unit in tensor.experts(layer)] if sizes.folded else []
+        in_layers = {id(unit) for _, unit in folded}
+        folded += [(model, unit) for unit in tensor.experts(model) if sizes.folded and id(unit) not in in_layers]
         fsdp.shard(model, layers, folded, mesh, compute, gather)
         model.to_empty(device=mesh.device)
         self._dispatcher = dispatcher

@@ -246,6 +246,8 @@ def trace(layer: nn.Module, x: Tensor, *others: Any) -> Trace:
     saved: set[int] = set()
 
     def pack(tensor: Tensor) -> Tensor:
+        if any(isinstance(held, nn.Parameter) for held in (tensor, tensor._base)):
+            outside.add(_memory(tensor))  # a weight that the layer shares with others
         recorder.alive.append(tensor)
         saved.add(_memory(tensor))
         return tensor

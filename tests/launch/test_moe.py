@@ -47,6 +47,16 @@ def test_trains_and_goes_on_with_fewer_ranks(corpus: Path) -> None:
     assert 0.02 < (last["router_cost"] or 0) < 0.16, "four layers, each of about 0.01"
 
 
+@pytest.mark.parametrize("name", ["widenet", "block_ffn", "smoe_dropout"])
+def test_other_experts_are_dealt_out_as_well(name: str, corpus: Path) -> None:
+    """Two ranks that have half of them each are one that has all."""
+    config, few = CONFIG.with_name(f"{name}.yaml"), ["train.steps=3", "checkpoint.every=null"]
+    alone = numbers(config, corpus.parent, *SMALL, *few, "name=alone", "launch.ranks=1")
+    found = numbers(config, corpus.parent, *SMALL, *few, "name=part", "parallel.ep=2")
+    for ours, theirs in zip(found, alone, strict=True):
+        assert ours[:3] == pytest.approx(theirs[:3], rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

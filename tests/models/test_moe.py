@@ -208,6 +208,47 @@ def test_what_was_chosen_stays_chosen(keep: float, monkeypatch: pytest.MonkeyPat
     assert len(found) == 2 and torch.equal(*found)
 
 
+def test_layers_that_share_their_experts_run_the_same_ones() -> None:
+    """As copies of them do, whose gradients are summed; norms are each layer's own."""
+    torch.manual_seed(0)
+    shared, apart = (
+        Decoder(width=8, vocabulary=11, blocks=(Block(repeat=3, mixer=None, ffn=PLAIN, shared_ffn=one),))
+        .build(11, Local())
+        .double()
+        for one in (True, False)
+    )
+    for weight in shared.parameters():
+        torch.nn.init.normal_(weight, std=0.5)
+    own = dict(shared.named_parameters())
+    assert sorted({name.partition(".")[0] for name in own}) == ["embed", "head", "layers", "norm", "shared_ffns"]
+    names = {n: n if n in own else f"shared_ffns.0.{n.split('.', 3)[3]}" for n, _ in apart.named_parameters()}
+    apart.load_state_dict({name: own[of] for name, of in names.items()})
+    tokens = torch.randint(11, (2, 6))
+    batch = Batch(
+        tokens=tokens,
+        labels=tokens.roll(-1, 1),
+        positions=torch.zeros_like(tokens),
+        cu_seqlens=None,
+        lengths=(6, 6),
+        valid=12,
+    )
+    sums = [model(batch) for model in (shared, apart)]
+    torch.testing.assert_close(sums[0], sums[1])
+    found, wanted = (
+        dict(
+            zip(
+                dict(model.named_parameters()),
+                torch.autograd.grad(x.loss + x.cost, list(model.parameters())),
+                strict=True,
+            )
+        )
+        for model, x in zip((shared, apart), sums, strict=True)
+    )
+    for name in own:
+        torch.testing.assert_close(found[name], sum(wanted[n] for n, of in names.items() if of == name))
+    assert shared.flops((6,)) == apart.flops((6,))
+
+
 def test_the_model_adds_what_routers_charge() -> None:
     """Each row's, times its labels, from every layer; evaluation leaves it out."""
     decoder = Decoder(

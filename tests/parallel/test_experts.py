@@ -54,7 +54,17 @@ def restless(balance: float) -> Decoder:
     return Decoder(width=22, vocabulary=VOCABULARY, blocks=blocks)
 
 
-MODELS = {"plain": model, "restless": restless}
+def widenet(balance: float) -> Decoder:
+    """One router and its experts for three layers, with one expert cut like other layers, and a plain ffn for two."""
+    ffn = Moe(experts=8, active=2, hidden=12, shared=8, balance=balance, z_loss=0.1)
+    blocks = (
+        Block(repeat=3, mixer=Softmax(heads=4, head_dim=6), ffn=ffn, shared_ffn=True),
+        Block(repeat=2, mixer=None, ffn=Swiglu(hidden=8), shared_ffn=True),
+    )
+    return Decoder(width=22, vocabulary=VOCABULARY, blocks=blocks)
+
+
+MODELS = {"plain": model, "restless": restless, "widenet": widenet}
 
 
 def batches(rank: int, dp: int, micro: int) -> list[Batch]:
@@ -240,6 +250,17 @@ def test_what_routers_keep_and_drop_is_alike_on_ranks(
         for cut, found in zip(RESTLESS[world], of_rank, strict=True):
             print(cut)
             same(found, restless_alone)
+
+
+@pytest.mark.parametrize(
+    ("world", "kept"), [(2, 0.5), pytest.param(4, None, marks=pytest.mark.laws)], ids=["two ranks", "four ranks"]
+)
+def test_layers_that_share_experts_share_them_on_all_ranks(ranks: Any, world: int, kept: float | None) -> None:
+    alone = ranks(1, probe, cuts=[{}], micro=8, name="widenet")[0][0]
+    cuts = {2: [{"ep": 2, **A2A}, {"tp": 2}], 4: [{"tp": 2, "ep": 2, "etp": 2, **GATHER}, {"cp": 2, "shard": 2}]}
+    for of_rank in ranks(world, probe, cuts=cuts[world], micro=3, kept=kept, name="widenet"):
+        for found in of_rank:
+            same(found, alone)
 
 
 def test_what_is_dropped_and_shaken_is_of_the_row(ranks: Any, restless_alone: dict[str, Any]) -> None:
