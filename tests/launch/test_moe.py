@@ -47,7 +47,9 @@ def test_trains_and_goes_on_with_fewer_ranks(corpus: Path) -> None:
     assert 0.02 < (last["router_cost"] or 0) < 0.16, "four layers, each of about 0.01"
 
 
-@pytest.mark.parametrize("name", ["widenet", "block_ffn", "smoe_dropout"])
+@pytest.mark.parametrize(
+    "name", ["widenet", *(pytest.param(kind, marks=pytest.mark.laws) for kind in ("block_ffn", "smoe_dropout"))]
+)
 def test_other_experts_are_dealt_out_as_well(name: str, corpus: Path) -> None:
     """Two ranks that have half of them each are one that has all."""
     config, few = CONFIG.with_name(f"{name}.yaml"), ["train.steps=3", "checkpoint.every=null"]
