@@ -14,7 +14,7 @@ from farspan.launch import runner
 from farspan.launch.on_local import Local
 from farspan.launch.pulse import read as read_json
 from farspan.launch.runner import Launch
-from farspan.platform import config, metrics
+from farspan.platform import choices, config, metrics
 from farspan.platform.checkpoint import latest
 from farspan.platform.checkpoint import replace as write_whole
 from farspan.platform.config import ConfigError, Plain, Source
@@ -154,7 +154,7 @@ def start(run: Run, folder: Path) -> None:
 
 def _holds_anything(folder: Path) -> bool:
     """Whether a run has left something to lose: a line of metrics, a checkpoint, or what is not ours."""
-    ours = {".lock", "config.yaml", "status.json", "logs", "agents", "checkpoints", metrics.FILE}
+    ours = {".lock", "config.yaml", "status.json", "logs", "agents", "checkpoints", metrics.FILE, choices.FILE}
     if any(path.name not in ours for path in folder.iterdir()):
         return True
     checkpoints = folder / "checkpoints"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from farspan.kernels.random import Normal
-from farspan.models.ffns import Ffn, Routed
+from farspan.models.ffns import Ffn, Moe, Routed
 from farspan.models.ffns.router import Tally
 from farspan.models.linear import Linear, Plain
 from farspan.models.mixers import Mixer
@@ -44,6 +44,10 @@ class Block:
             raise ValueError(
                 f"shared_ffn=True: repeat={self.repeat} layers have no ffn to share; set repeat to 2 or more and an "
                 "ffn, or shared_ffn: false"
+            )
+        if self.shared_ffn and isinstance(self.ffn, Moe) and self.ffn.jitter:
+            raise ValueError(
+                f"ffn.jitter={self.ffn.jitter}: is drawn for a layer of its own; set it to 0, or shared_ffn: false"
             )
 
     def build(self, width: int, depth: int, norm: Norm, placement: NormPlacement, context: Runtime) -> "Layer":

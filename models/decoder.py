@@ -112,7 +112,10 @@ class Decoder:
         """What keeps the experts from being dealt out to `ep` ranks, and each of them to `etp`."""
         experts = {i: block.ffn for i, block in enumerate(self.blocks) if isinstance(block.ffn, Sparse)}
         if ep * etp > 1 and not experts:
-            return [f"blocks: parallel.ep={ep}, etp={etp} are for experts, and none has ffn.kind=moe; set both to 1"]
+            return [
+                f"blocks: parallel.ep={ep}, etp={etp} are for experts, and no block has any (ffn.kind moe, block_ffn "
+                "or smoe_dropout); set both to 1"
+            ]
         return [f"blocks.{i}.ffn.{problem}" for i, f in experts.items() for problem in f.expert_problems(ep, etp)]
 
     def build(self, vocabulary: int, context: Runtime) -> "DecoderModel":
@@ -206,8 +209,12 @@ class DecoderModel(nn.Module):
             ffn.tell(name, now)
 
     def settle(self, loads: Sequence[Tensor], wishes: Sequence[Tensor], scale: Tensor) -> None:
-        """Called after an optimizer step, with sums over all its tokens, layer by layer; see `Routed.settle`."""
-        for (_, ffn), load, wish in zip(self._routed(), loads, wishes, strict=True):
+        """Called after an optimizer step, with sums over all its tokens, layer by layer; see `Routed.settle`. Who runs
+        in several layers is told their sum."""
+        ffns = [ffn for _, ffn in self._routed()]
+        for ffn in dict.fromkeys(ffns):
+            mine = [i for i, other in enumerate(ffns) if other is ffn]
+            load, wish = (torch.stack([said[i] for i in mine]).sum(0) for said in (loads, wishes))
             ffn.settle(load, wish, scale)
 
     def _routed(self) -> list[tuple[str, Routed]]:

@@ -1,7 +1,7 @@
 """A model spread over a mesh, and the few verbs that a training step is made of."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from typing import Any, Protocol
@@ -180,6 +180,8 @@ class Engine:
         """This rank's part of the batch on the device, its rows as long as tp can cut them."""
         tp = self.mesh.sizes.tp
         mine = self.context.cut(batch).padded(tp).to(self.mesh.device)
+        if tp > 1 and mine.places is None:  # a rank's part of the tokens is no row any more
+            mine = replace(mine, places=mine.numbered(), whole=mine.shape)
         if self._dispatcher is not None:
             self._dispatcher.expect(mine.tokens.numel() // tp)
         return mine

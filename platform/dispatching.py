@@ -18,21 +18,24 @@ from farspan.platform.job import Job
 def settled(job: Job, mesh: Mesh, folder: Path, compute: torch.dtype, say: Callable[[str], None]) -> tuple[Job, Mesh]:
     """The job with a dispatch that has a name, and the mesh that goes with it; all ranks call it together.
 
-    What a run picked once it picks again. compute: the type of products.
+    What a run picked once for such a mesh it picks again. compute: the type of products.
     """
     sizes, axes = mesh.sizes, mesh.expert_axes if job.model.routes and mesh.sizes.ep > 1 else None
     if not isinstance(job.parallel.dispatch, Auto) or axes is None or axes.ep is None:
         return job, mesh
+    layers = _layers(job, mesh, compute)
+    where = f"ep={sizes.ep} shard={sizes.expert_shard} on {mesh.device.type}, {sum(x.tokens for x in layers)} tokens"
     kept = [choices.kept(folder).get("dispatch")]
     dist.broadcast_object_list(kept, src=0, group=mesh.control)
-    picked = kept[0]
+    known: dict[str, str] = kept[0] if isinstance(kept[0], dict) else {}
+    picked = known.get(where, "")
     if picked not in auto.KINDS:
         hosts = Group(mesh.control)
         link = auto.measure(axes.ep, mesh.device, compute, hosts)
-        picked, why = auto.pick(_layers(job, mesh, compute), sizes.ep, sizes.expert_shard, link)
+        picked, why = auto.pick(layers, sizes.ep, sizes.expert_shard, link)
         say(why)
         if hosts.rank == 0:
-            choices.keep(folder, "dispatch", picked, say)
+            choices.keep(folder, "dispatch", {**known, where: picked}, say)
     dispatch = auto.KINDS[picked]
     if isinstance(dispatch, WeightGather):
         mesh = Mesh(replace(sizes, ep=1), mesh.device, mesh.control)

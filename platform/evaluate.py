@@ -79,7 +79,10 @@ def _prefix(ids: list[int]) -> tuple[Batch, torch.Tensor]:
         labels=torch.full_like(tokens, IGNORE),
         positions=torch.arange(length).unsqueeze(0),
         cu_seqlens=None,
-        lengths=(length,),
+        lengths=(len(ids),),
         valid=0,
+        padding=length - len(ids),
+        places=torch.where(torch.arange(length) < len(ids), torch.arange(length), -1).int().unsqueeze(0),
+        whole=(1, length),
     )
     return batch, torch.tensor([len(ids) - 1])

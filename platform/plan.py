@@ -123,7 +123,7 @@ def _memory(job: Job, model: DecoderModel, sizes: Sizes, cut: tuple[int, int], c
     """
     weights = sum(weight.numel() for weight in model.parameters())
     layers = [sum(weight.numel() for weight in layer.parameters()) for layer in model.layers]
-    root, part = weights - sum(layers), sum(weight.numel() // ranks for _, weight, ranks in _shared(model, sizes))
+    root, part = weights - sum(layers), sum(_most(weight, ranks) for _, weight, ranks in _shared(model, sizes))
     head = model.embed.weight
     held = held_types(job, sizes.dp, compute)
     activations, host = _activations(job, model.to(compute), *cut)
@@ -146,6 +146,12 @@ def _shared(model: DecoderModel, sizes: Sizes) -> Iterator[tuple[str, torch.nn.P
         yield name, weight, sizes.expert_shard if sizes.folded and id(weight) in folded else sizes.shard
 
 
+def _most(weight: torch.Tensor, ranks: int) -> int:
+    """Numbers of the rank that holds most: what is cut along the first axis is not always even."""
+    rows = weight.shape[0]
+    return weight.numel() // rows * -(-rows // ranks)
+
+
 def _states(job: Job, whole: DecoderModel, held: DecoderModel, sizes: Sizes) -> list[int]:
     """Bytes of one rank's optimizer state: of what is in no layer, and of each layer."""
     known, wholes = roles(whole), dict(whole.named_parameters())
@@ -153,7 +159,7 @@ def _states(job: Job, whole: DecoderModel, held: DecoderModel, sizes: Sizes) -> 
     for name, piece, ranks in _shared(held, sizes):
         _, _, rest = name.partition("layers.")
         state = job.optim.state_bytes(tuple(wholes[name].shape), known[name])
-        found[1 + int(rest.partition(".")[0]) if rest else 0] += state * piece.numel() // wholes[name].numel() // ranks
+        found[1 + int(rest.partition(".")[0]) if rest else 0] += state * _most(piece, ranks) // wholes[name].numel()
     return found
 
 

@@ -17,6 +17,10 @@ Scope = Literal["row", "micro_batch", "step"]
 step's micro-batches so far."""
 
 
+LONGEST = 1 << 24
+"""Tokens of a row that have chances of their own, however long the rows are that were put together with it."""
+
+
 class Tally(NamedTuple):
     """What a router reports of this rank's tokens, row by row."""
 
@@ -103,7 +107,7 @@ class Jitter:
         if self._at is None:
             return tokens
         begin, row = self._at.unbind()
-        place = (row * length + numbers.long()).unsqueeze(1)
+        place = ((row + numbers.long().div(length, rounding_mode="floor")) * LONGEST + numbers % length).unsqueeze(1)
         channel = torch.arange(tokens.shape[1], device=tokens.device)
         chance = uniform(begin + place * tokens.shape[1] + channel, 0)
         return tokens * (1 + self.size * (2 * chance - 1)).to(tokens.dtype)

@@ -79,7 +79,7 @@ class Batch:
         """`places`, written out where nothing is elsewhere and nothing padding."""
         if self.places is not None:
             return self.places
-        return torch.arange(self.tokens.numel(), dtype=torch.int32).view(self.tokens.shape)
+        return torch.arange(self.tokens.numel(), dtype=torch.int32, device=self.tokens.device).view(self.tokens.shape)
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`; copies from pinned memory do not block the host."""

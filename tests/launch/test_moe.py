@@ -63,7 +63,7 @@ def test_other_experts_are_dealt_out_as_well(name: str, corpus: Path) -> None:
     ("arguments", "message"),
     [
         (["model.blocks.0.ffn.active=9"], "model.blocks.0.ffn.active=9: must be at least 1"),
-        (["parallel.engine={kind: zero, stage: 1}"], "model.blocks: ffn.kind=moe: parallel.engine.kind=zero"),
+        (["parallel.engine={kind: zero, stage: 1}"], "model.blocks: experts: parallel.engine.kind=zero"),
         (["model.blocks.0.linear={kind: fp8}"], "set linear: {kind: plain}"),
     ],
 )

@@ -24,6 +24,7 @@ from farspan.parallel.context.local import Local
 from farspan.parallel.context.shard import IGNORE, Batch, Documents
 from farspan.parallel.sums import Now, Sums
 from farspan.platform.config import kind
+from farspan.platform.evaluate import _prefix
 
 PLAIN = Moe(experts=6, active=2, hidden=5)
 CHOICES = {
@@ -206,6 +207,29 @@ def test_what_was_chosen_stays_chosen(keep: float, monkeypatch: pytest.MonkeyPat
     found.clear()
     gradients_of(layer, x)
     assert len(found) == 2 and torch.equal(*found)
+
+
+@pytest.mark.parametrize("drop", ["last", "least"])
+def test_what_is_sampled_does_not_depend_on_padding(drop: Any) -> None:
+    """Of rows that a sampler fills up: who fills up takes no room."""
+    ffn = Moe(experts=8, active=2, hidden=5, capacity=1.0, drop=drop)
+    model = Decoder(width=8, vocabulary=11, blocks=(Block(repeat=2, mixer=None, ffn=ffn),)).build(11, Local()).double()
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.5)
+    ids = torch.randint(11, (37,), generator=torch.Generator().manual_seed(0)).tolist()
+    padded, at = _prefix(ids)
+    tokens = torch.tensor([ids])
+    bare = Batch(
+        tokens=tokens,
+        labels=torch.full_like(tokens, IGNORE),
+        positions=torch.arange(37)[None],
+        cu_seqlens=None,
+        lengths=(37,),
+        valid=0,
+    )
+    assert padded.tokens.shape[1] == 64 and padded.padding == 27
+    with torch.no_grad():
+        torch.testing.assert_close(model(padded, at), model(bare, at))
 
 
 def test_layers_that_share_their_experts_run_the_same_ones() -> None:

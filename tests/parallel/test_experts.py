@@ -67,10 +67,10 @@ def widenet(balance: float) -> Decoder:
 MODELS = {"plain": model, "restless": restless, "widenet": widenet}
 
 
-def batches(rank: int, dp: int, micro: int) -> list[Batch]:
+def batches(rank: int, dp: int, micro: int, length: int = LENGTH) -> list[Batch]:
     """Of 8 rows with different numbers of labels. Most tokens are alike, so that some experts are given none."""
     made = torch.Generator().manual_seed(7)
-    tokens, labels = (torch.randint(VOCABULARY, (ROWS, LENGTH), generator=made) for _ in range(2))
+    tokens, labels = (torch.randint(VOCABULARY, (ROWS, length), generator=made) for _ in range(2))
     tokens[:7], tokens[7] = 3, 3 + tokens[7] % 2
     for row in range(ROWS):
         labels[row, : 2 * row] = IGNORE
@@ -82,9 +82,9 @@ def _batch(tokens: Tensor, labels: Tensor) -> Batch:
     return Batch(
         tokens=tokens,
         labels=labels,
-        positions=torch.arange(LENGTH).expand(len(tokens), -1),
+        positions=torch.arange(tokens.shape[1]).expand(len(tokens), -1),
         cu_seqlens=None,
-        lengths=(LENGTH,) * len(tokens),
+        lengths=(tokens.shape[1],) * len(tokens),
         valid=int((labels != IGNORE).sum()),
     )
 
@@ -106,6 +106,7 @@ def probe(
     balance: float = 0.5,
     compiled: bool = False,
     name: str = "plain",
+    length: int = LENGTH,
 ) -> list[Any]:
     torch.set_default_dtype(torch.float64)
     control = dist.new_group(backend="gloo")
@@ -128,14 +129,14 @@ def probe(
             dispatcher=parallel.dispatch.build(mesh.expert_axes),
         )
         optimizer = Adamw(rate=1e-2).build(engine.weights, {}, 0)
-        work = batches(mesh.index("dp"), mesh.sizes.dp, micro)
+        work = batches(mesh.index("dp"), mesh.sizes.dp, micro, length)
         labels = torch.tensor(float(sum(batch.valid for batch in work)))
         dist.all_reduce(labels, group=mesh.dense.get_group("dp"))
         found: dict[str, Any] = {"loss": engine.sum(engine.forward_backward(work, labels.item()))}
         found |= {"cost": engine.cost, "loads": engine.loads, "told": engine.told}
         found |= {"norm": engine.gradient_norm()}
         found["gradients"] = {n: whole(w.grad) for n, w in engine.weights.items() if w.grad is not None}
-        found["held out"] = engine.evaluate(batches(0, 1, 3)[0])
+        found["held out"] = engine.evaluate(batches(0, 1, 3, length)[0])
         optimizer.update(1e-2, torch.tensor(0.5))
         engine.settle(torch.tensor(0.5))
         found["end"] = {n: whole(w) for n, w in engine.weights.items()}
@@ -250,6 +251,13 @@ def test_what_routers_keep_and_drop_is_alike_on_ranks(
         for cut, found in zip(RESTLESS[world], of_rank, strict=True):
             print(cut)
             same(found, restless_alone)
+
+
+def test_rows_that_tp_cuts_evenly_are_rows_still(ranks: Any) -> None:
+    """Nothing is padded, and a rank's part of the tokens is half of each row, or a row and a half."""
+    alone = ranks(1, probe, cuts=[{}], micro=8, name="restless", length=20)[0][0]
+    for found in ranks(2, probe, cuts=[{"tp": 2, "ep": 2, **A2A}], micro=8, kept=0.5, name="restless", length=20):
+        same(found[0], alone)
 
 
 @pytest.mark.parametrize(
