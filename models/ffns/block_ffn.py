@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from farspan.kernels.random import Normal
 from farspan.kernels.route import route
 from farspan.kernels.router_logits import router_logits
-from farspan.models.ffns.experts import Experts, plain_problems, spread_problems
+from farspan.models.ffns.experts import Dealt, Experts
 from farspan.models.ffns.router import Routed, RowSums, Tally, by_row, met, numbered, squared_lse, without_padding
 from farspan.models.linear import Linear, Plain
 from farspan.models.roles import RoleKind
@@ -18,7 +18,7 @@ from farspan.parallel.context.shard import Documents
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockFfn:
+class BlockFfn(Dealt):
     """Experts of which a token meets those whose logit is above zero, weighed by an RMSNorm of these."""
 
     experts: int
@@ -55,17 +55,6 @@ class BlockFfn:
     @property
     def columns(self) -> int:
         return self.most or self.experts
-
-    def tensor_problems(self, tp: int) -> list[str]:
-        return []
-
-    def expert_problems(self, ep: int, etp: int) -> list[str]:
-        """What keeps the experts from being dealt out to `ep` ranks, and each to `etp`."""
-        return spread_problems(self.experts, self.hidden, ep, etp)
-
-    def linear_problems(self, linear: Linear, width: int, tp: int) -> list[str]:
-        """What keeps the products from being built as `linear`."""
-        return plain_problems(linear)
 
     def build(self, width: int, depth: int, linear: Linear = Plain()) -> "BlockFfnLayer":  # noqa: B008 - frozen
         return BlockFfnLayer(self, width, depth)

@@ -19,7 +19,7 @@ class Experts(nn.Module):
         super().__init__()
         self.w13 = nn.Parameter(torch.empty(count, 2 if gated else 1, hidden, width))
         self.w2 = nn.Parameter(torch.empty(count, width, hidden))
-        self.depth, self.size = depth, (3 if gated else 2) * hidden * width
+        self.size = (3 if gated else 2) * hidden * width
         self.start = {
             "w13": Normal(0.0, width**-0.5),
             "w2": Normal(0.0, hidden**-0.5 / sqrt(2 * depth)),
@@ -37,18 +37,27 @@ class Experts(nn.Module):
         return self.dispatcher.run(tokens, chosen, probability, self.w13, self.w2)
 
 
-def spread_problems(experts: int, hidden: int, ep: int, etp: int) -> list[str]:
-    """What keeps the experts from being dealt out to `ep` ranks, and each to `etp`."""
-    found = []
-    if experts % ep:
-        found.append(f"experts={experts}: must be a multiple of parallel.ep={ep}")
-    if hidden % etp:
-        found.append(f"hidden={hidden}: must be a multiple of parallel.etp={etp}")
-    return found
+class Dealt:
+    """What configurations of experts answer alike: experts are dealt out to ep and etp, and tp leaves them alone."""
 
+    experts: int
+    hidden: int
 
-def plain_problems(linear: Linear) -> list[str]:
-    """What keeps the products from being built as `linear`."""
-    if isinstance(linear, Plain):
+    def tensor_problems(self, tp: int) -> list[str]:
+        """What keeps the layer from being spread over `tp` ranks."""
         return []
-    return ["experts: their products are in the type of the weights alone; set linear: {kind: plain}"]
+
+    def expert_problems(self, ep: int, etp: int) -> list[str]:
+        """What keeps the experts from being dealt out to `ep` ranks, and each to `etp`."""
+        found = []
+        if self.experts % ep:
+            found.append(f"experts={self.experts}: must be a multiple of parallel.ep={ep}")
+        if self.hidden % etp:
+            found.append(f"hidden={self.hidden}: must be a multiple of parallel.etp={etp}")
+        return found
+
+    def linear_problems(self, linear: Linear, width: int, tp: int) -> list[str]:
+        """What keeps the products from being built as `linear`."""
+        if isinstance(linear, Plain):
+            return []
+        return ["experts: their products are in the type of the weights alone; set linear: {kind: plain}"]

@@ -11,7 +11,7 @@ from farspan.kernels.route import Score, route
 from farspan.kernels.router_logits import router_logits
 from farspan.models.ffns.balance import even, quantiles, shifted
 from farspan.models.ffns.capacity import Drop, within
-from farspan.models.ffns.experts import Experts, plain_problems, spread_problems
+from farspan.models.ffns.experts import Dealt, Experts
 from farspan.models.ffns.gated import GatedFfn, Swiglu
 from farspan.models.ffns.router import (
     Jitter,
@@ -35,7 +35,7 @@ Bias = Literal["none", "aux_free", "quantile"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Moe:
+class Moe(Dealt):
     """SwiGLU experts, each token's few chosen by its scores."""
 
     experts: int
@@ -122,14 +122,6 @@ class Moe:
     def tensor_problems(self, tp: int) -> list[str]:
         """What keeps the shared expert from being spread over `tp` ranks; the others are over ep and etp."""
         return [f"shared: {found}" for found in Swiglu(hidden=self.shared).tensor_problems(tp)] if self.shared else []
-
-    def expert_problems(self, ep: int, etp: int) -> list[str]:
-        """What keeps the experts from being dealt out to `ep` ranks, and each to `etp`."""
-        return spread_problems(self.experts, self.hidden, ep, etp)
-
-    def linear_problems(self, linear: Linear, width: int, tp: int) -> list[str]:
-        """What keeps the products from being built as `linear`."""
-        return plain_problems(linear)
 
     def build(self, width: int, depth: int, linear: Linear = Plain()) -> "MoeFfn":  # noqa: B008 - frozen
         return MoeFfn(self, width, depth)

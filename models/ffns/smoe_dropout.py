@@ -9,7 +9,7 @@ from torch import Tensor
 from farspan.kernels.random import Normal
 from farspan.kernels.route import route
 from farspan.kernels.router_logits import router_logits
-from farspan.models.ffns.experts import Experts, plain_problems, spread_problems
+from farspan.models.ffns.experts import Dealt, Experts
 from farspan.models.ffns.router import Kept, Routed, RowSums, Tally, by_row, met, squared_lse, without_padding
 from farspan.models.linear import Linear, Plain
 from farspan.parallel.context.shard import Documents
@@ -17,7 +17,7 @@ from farspan.parallel.sums import Now
 
 
 @dataclass(frozen=True, kw_only=True)
-class SmoeDropout:
+class SmoeDropout(Dealt):
     """SwiGLU experts of a fixed random router; a token meets more of them from step to step, as in a dropout that ends.
 
     What was trained so can be used with any number of experts a token, the more the better.
@@ -45,17 +45,6 @@ class SmoeDropout:
     def active(self, step: int) -> int:
         """How many experts a token meets after so many steps."""
         return self.first + round((self.last - self.first) * min(1.0, step / self.over))
-
-    def tensor_problems(self, tp: int) -> list[str]:
-        return []
-
-    def expert_problems(self, ep: int, etp: int) -> list[str]:
-        """What keeps the experts from being dealt out to `ep` ranks, and each to `etp`."""
-        return spread_problems(self.experts, self.hidden, ep, etp)
-
-    def linear_problems(self, linear: Linear, width: int, tp: int) -> list[str]:
-        """What keeps the products from being built as `linear`."""
-        return plain_problems(linear)
 
     def build(self, width: int, depth: int, linear: Linear = Plain()) -> "SmoeDropoutFfn":  # noqa: B008 - frozen
         return SmoeDropoutFfn(self, width, depth)

@@ -6,7 +6,7 @@ ep. A probability is part of an expert's work, so that what comes back is only s
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -94,14 +94,10 @@ class Local:
         return scatter(found.unsqueeze(0), etp).squeeze(0)[:count]
 
     def whole(self, counts: Tensor) -> Tensor:
-        if self.axes.mates is None or counts.is_meta:
-            return counts
-        return _OPS.wait_tensor(_OPS.all_reduce(counts.detach(), "sum", self.axes.mates.name))
+        return _summed(counts, self.axes.mates)
 
     def everywhere(self, counts: Tensor) -> Tensor:
-        if self.axes.everyone is None or counts.is_meta:
-            return counts
-        return _OPS.wait_tensor(_OPS.all_reduce(counts.detach(), "sum", self.axes.everyone.name))
+        return _summed(counts, self.axes.everyone)
 
     def every(self, said: Tensor) -> Tensor:
         if (mates := self.axes.mates) is None or said.is_meta:
@@ -150,14 +146,20 @@ class Exchanged(Local):
         coming = exchange(leaving, [1] * ranks, [1] * ranks, self.ep)
         read = _Read(torch.stack((leaving, coming)))
         (sent, _), (received, visits) = (side.T.tolist() for side in read.numbers())
-        order = Order(rows=order.rows[: sum(sent)], places=order.places, ends=order.ends)
+        order = replace(order, rows=order.rows[: sum(sent)])
         there, back = (sent, received), (received, sent)
         wishes = chosen[order.rows.long().div(chosen.shape[1], rounding_mode="floor")]
         mine = exchange(wishes, *there, self.ep) - self.ep.rank * count
         guests, share = (exchange(permute(x, order), *there, self.ep) for x in (tokens, probability))
         seats = sort(mine, count)
-        seats = Order(rows=seats.rows[: sum(visits)], places=seats.places, ends=seats.ends)
+        seats = replace(seats, rows=seats.rows[: sum(visits)])
         return unpermute(exchange(_through(guests, w13, w2, share, seats), *back, self.ep), order)
+
+
+def _summed(counts: Tensor, group: Group | None) -> Tensor:
+    if group is None or counts.is_meta:
+        return counts
+    return _OPS.wait_tensor(_OPS.all_reduce(counts.detach(), "sum", group.name))
 
 
 def _through(tokens: Tensor, w13: Tensor, w2: Tensor, probability: Tensor, order: Order) -> Tensor:

@@ -104,7 +104,6 @@ def probe(
     micro: int,
     kept: float | None = None,
     balance: float = 0.5,
-    compiled: bool = False,
     name: str = "plain",
     length: int = LENGTH,
 ) -> list[Any]:
@@ -125,7 +124,6 @@ def probe(
             context=context,
             seed=3,
             kept=kept,
-            compiled=compiled,
             dispatcher=parallel.dispatch.build(mesh.expert_axes),
         )
         optimizer = Adamw(rate=1e-2).build(engine.weights, {}, 0)
