@@ -75,6 +75,11 @@ class Parallel:
     engine: Annotated[Fsdp | Zero, "choice"] = Fsdp()
     """Who cuts weights, gradients and optimizer state over dp·cp, and brings them together."""
 
+    @property
+    def dealt(self) -> int:
+        """Ranks that have other experts: where experts are gathered none has, and those of ep count as edp."""
+        return 1 if isinstance(self.dispatch, WeightGather) else self.ep
+
     def gathering(self, sizes: "Sizes") -> Gather:
         """`gather` with `auto` resolved: one rank that holds all weights would copy them over and over for nothing."""
         return ("step" if sizes.shard == 1 else "layer") if self.gather == "auto" else self.gather
@@ -139,8 +144,7 @@ class Parallel:
             raise ValueError("\n".join(problems))
         dp = world // (self.cp * self.tp * self.pp)
         shard = dp * self.cp if self.shard == "auto" else self.shard
-        ep = 1 if isinstance(self.dispatch, WeightGather) else self.ep
-        return Sizes(pp=self.pp, dp=dp, cp=self.cp, tp=self.tp, ep=ep, etp=self.etp, shard=shard)
+        return Sizes(pp=self.pp, dp=dp, cp=self.cp, tp=self.tp, ep=self.dealt, etp=self.etp, shard=shard)
 
 
 def _divisor(whole: int, near: int) -> int:

@@ -338,7 +338,10 @@ def load(root: Path, step: int, state: State, control: dist.ProcessGroup) -> dic
     folder = folder_of(root, step)
     manifest = manifest_of(folder)
     if problems := _mismatches(manifest["tensors"], state):
-        raise ValueError(f"{folder}: does not fit this model: " + "; ".join(problems[:3]))
+        raise ValueError(
+            f"{folder}: does not fit this model: {'; '.join(problems[:3])}; go on with the model and optimizer of "
+            f"{root.parent / 'config.yaml'}, or start a run under a new name"
+        )
     state_dict_loader.load(dict(state), storage_reader=HuggingFaceStorageReader(str(folder)), process_group=control)
     return manifest
 

@@ -13,6 +13,7 @@ from farspan.parallel.expert import Auto, WeightGather, auto
 from farspan.parallel.mesh import Mesh
 from farspan.platform import choices
 from farspan.platform.job import Job
+from farspan.platform.plan import plan
 
 
 def settled(job: Job, mesh: Mesh, folder: Path, compute: torch.dtype, say: Callable[[str], None]) -> tuple[Job, Mesh]:
@@ -32,14 +33,26 @@ def settled(job: Job, mesh: Mesh, folder: Path, compute: torch.dtype, say: Calla
     if picked not in auto.KINDS:
         hosts = Group(mesh.control)
         link = auto.measure(axes.ep, mesh.device, compute, hosts)
-        picked, why = auto.pick(layers, sizes.ep, sizes.expert_shard, link)
+        picked, why = auto.pick(layers, sizes.ep, sizes.expert_shard, link, *_memory(job, mesh))
         say(why)
         if hosts.rank == 0:
             choices.keep(folder, "dispatch", {**known, where: picked}, say)
-    dispatch = auto.KINDS[picked]
-    if isinstance(dispatch, WeightGather):
+    if isinstance(auto.KINDS[picked], WeightGather):
         mesh = Mesh(replace(sizes, ep=1), mesh.device, mesh.control)
-    return replace(job, parallel=replace(job.parallel, dispatch=dispatch)), mesh
+    return _under(job, picked), mesh
+
+
+def _under(job: Job, kind: str) -> Job:
+    return replace(job, parallel=replace(job.parallel, dispatch=auto.KINDS[kind]))
+
+
+def _memory(job: Job, mesh: Mesh) -> tuple[dict[str, int] | None, int]:
+    """Bytes that a rank is planned to hold under each kind, and those of the smallest device, where they are known."""
+    if mesh.device.type != "cuda":
+        return None, 0
+    room = torch.tensor(torch.cuda.get_device_properties(mesh.device).total_memory)
+    dist.all_reduce(room, op=dist.ReduceOp.MIN, group=mesh.control)
+    return {kind: plan(_under(job, kind), mesh.sizes.world, "cuda").memory.total for kind in auto.KINDS}, int(room)
 
 
 def _layers(job: Job, mesh: Mesh, compute: torch.dtype) -> dict[auto.Layer, int]:

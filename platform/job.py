@@ -158,8 +158,8 @@ class Job:
             found.append(f"train.batch={self.train.batch}: must be a multiple of dp={dp}; try {near}")
         uneven = self.model.tensor_problems(self.parallel.tp) if self.parallel.tp > 1 else []
         found += [f"model.{problem}" for problem in uneven]
-        ep, etp = self.parallel.ep, self.parallel.etp
-        found += [f"model.{problem}" for problem in self.model.expert_problems(ep, etp)]
+        ep = self.parallel.dealt if self.model.routes else self.parallel.ep
+        found += [f"model.{problem}" for problem in self.model.expert_problems(ep, self.parallel.etp)]
         if self.parallel.cp > 1 and not uneven:
             found += self._spread_problems()
         if isinstance(self.parallel.engine, Zero):
@@ -196,14 +196,15 @@ class Job:
         if not (isinstance(self.offload, Streamed) and self.offload.gradients) or self.parallel.problems(world):
             return []
         found, place = [], "optim.offload.gradients=True"
-        rows = self.train.batch // self.parallel.sizes(world).dp
+        sizes = self.parallel.sizes(world)
+        rows = self.train.batch // sizes.dp
         if (micro := self.train.micro_batch) is not None and micro < rows:
             found.append(
                 f"train.micro_batch={micro}: {place} is for a single micro-batch a step, and a rank has {rows} rows; "
                 "set micro_batch: null and recompute: selective, or gradients: false"
             )
         for axis in ("tp", "ep", "etp"):
-            if (size := getattr(self.parallel, axis)) > 1:
+            if (size := getattr(sizes, axis)) > 1:
                 found.append(f"parallel.{axis}={size}: {place} is for {axis}=1; set that, or gradients: false")
         return found
 

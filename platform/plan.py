@@ -4,10 +4,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from farspan.models.decoder import DecoderModel
 from farspan.models.roles import roles
 from farspan.parallel import recompute, tensor
+from farspan.parallel.expert import AllGather, Local
 from farspan.parallel.mesh import Sizes, Zero
 from farspan.parallel.stash import LAST, LEAST
 from farspan.platform.config import kind
@@ -85,6 +87,8 @@ def plan(job: Job, world: int, device: str) -> Plan:
     with torch.device("meta"):
         whole, held = (job.model.build(job.data.vocabulary, job.parallel.context.build()) for _ in range(2))
     tensor.cut(held, sizes.tp, sizes.ep, sizes.etp)
+    if (meeting := sizes.etp * (sizes.ep if isinstance(job.parallel.dispatch, AllGather) else 1)) > 1:
+        tensor.dispatch(held, _Gathering(meeting))
     rows = job.train.batch // sizes.dp
     micro = min(job.train.micro_batch or rows, rows)
     compute = compute_type(job, torch.device(device)) or torch.float32
@@ -102,6 +106,18 @@ def plan(job: Job, world: int, device: str) -> Plan:
         tokens_at_once=cut[0] * cut[1],
         memory=_under_zero(job, memory, held, sizes, compute) if zero else _at_once(memory, -(-rows // micro)),
     )
+
+
+class _Gathering(Local):
+    """On the meta device: the tokens of so many ranks, as many of each, meet this one's experts."""
+
+    def __init__(self, ranks: int) -> None:
+        super().__init__()
+        self.ranks = ranks
+
+    def run(self, tokens: Tensor, chosen: Tensor, probability: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
+        theirs, wishes, share = (x.repeat(self.ranks, 1) for x in (tokens, chosen, probability))
+        return super().run(theirs, wishes, share, w13, w2)[: len(tokens)]
 
 
 def _at_once(memory: Memory, micro_batches: int) -> Memory:

@@ -51,6 +51,10 @@ class BlockFfn(Dealt):
                 f"locality={self.locality}, sparsity={self.sparsity}: must not be negative; "
                 f"sharpness={self.sharpness}, eps={self.eps}: must be above 0; chunk={self.chunk}: must be at least 2"
             )
+        for name, loss in (("sharpness", "locality"), ("chunk", "sparsity")):
+            value, usual = getattr(self, name), getattr(BlockFfn, name)
+            if value != usual and not getattr(self, loss):
+                raise ValueError(f"{name}={value}: {loss}=0 has no use for it; set {loss}, or leave {name} at {usual}")
 
     @property
     def columns(self) -> int:

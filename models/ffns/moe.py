@@ -90,8 +90,10 @@ class Moe(Dealt):
             raise ValueError(f"groups={self.groups}: must divide experts={self.experts}")
         if not 1 <= self.kept_groups <= self.groups:
             raise ValueError(f"kept_groups={self.kept_groups}: must be from 1 to groups={self.groups}")
-        if not 1 <= self.active <= self.experts // self.groups * self.kept_groups:
-            raise ValueError(f"active={self.active}: must be at least 1, and no more than the experts that take part")
+        if not 1 <= self.active <= (taking := self.experts // self.groups * self.kept_groups):
+            raise ValueError(
+                f"active={self.active}: must be at least 1, and no more than the {taking} experts that take part"
+            )
         if self.hidden < 1 or self.shared < 0:
             raise ValueError(f"hidden={self.hidden}, shared={self.shared}: must be at least 1 and 0")
         if self.shared_gate and not self.shared:
@@ -105,6 +107,7 @@ class Moe(Dealt):
         if self.capacity is not None and self.capacity <= 0:
             raise ValueError(f"capacity={self.capacity}: must be above 0; 1.25 is usual, null for none")
         self._check_bias()
+        self._check_idle()
 
     def _check_bias(self) -> None:
         if self.bias_rate <= 0:
@@ -118,6 +121,19 @@ class Moe(Dealt):
                 f"bias=quantile: needs groups=1 and active below experts, not groups={self.groups} and "
                 f"active={self.active}; set bias: aux_free"
             )
+
+    def _check_idle(self) -> None:
+        """Whoever sets what has no say expects something of it."""
+        idle = {
+            "drop": (self.capacity is None, "without a capacity no visit is left out; set capacity: 1.25"),
+            "balance_over": (not self.balance, "balance=0 charges for nobody's loads; set balance: 0.01"),
+            "bias_rate": (self.bias != "aux_free", f"bias={self.bias} has no rate; set bias: aux_free"),
+            "normalised": (self.score == "softmax_after", "softmax_after always sums to one; set score: softmax"),
+        }
+        for name, (unused, reason) in idle.items():
+            value, usual = getattr(self, name), getattr(Moe, name)
+            if unused and value != usual:
+                raise ValueError(f"{name}={value}: {reason}, or leave {name} at {usual}")
 
     def tensor_problems(self, tp: int) -> list[str]:
         """What keeps the shared expert from being spread over `tp` ranks; the others are over ep and etp."""
@@ -208,7 +224,7 @@ class MoeFfn(Routed):
         """logits: N E; wanted, chosen: N K, before and after dropping."""
         config, none = self.config, logits.new_zeros(())
         wish = none
-        if config.bias == "quantile" and self.bias is not None:
+        if config.bias == "quantile" and self.bias is not None and torch.is_grad_enabled():  # a step reads it
             with torch.no_grad():
                 scores = logits.softmax(-1) if config.score == "softmax" else logits.sigmoid()
                 wish = quantiles(scores, self.bias.value, config.active, documents.places)

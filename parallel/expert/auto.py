@@ -1,7 +1,7 @@
 """Which dispatch is fastest: a layer's bytes over the speed of the link, both measured at the start of a run."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass
 from statistics import median
 
@@ -94,16 +94,25 @@ def _timed(run: Callable[[], object], device: torch.device) -> float:
     return median(found[1:])
 
 
-def pick(layers: dict[Layer, int], ep: int, shard: int, link: Link) -> tuple[str, str]:
-    """The kind that is fastest over all layers, of which there are so many alike, and a line that says why."""
+def pick(
+    layers: dict[Layer, int], ep: int, shard: int, link: Link, needs: Mapping[str, int] | None = None, room: int = 0
+) -> tuple[str, str]:
+    """The kind that is fastest over all layers, of which there are so many alike, and a line that says why.
+
+    needs: bytes that a rank holds under each kind, of which it has `room`: those that do not fit are left out, and
+    where none does all but the smallest; None: all fit.
+    """
     total = dict.fromkeys(KINDS, 0.0)
     for layer, count in layers.items():
         for kind, each in seconds(layer, ep, shard, link).items():
             total[kind] += count * each
-    best = min(total, key=lambda kind: total[kind])
+    needs = needs or dict.fromkeys(KINDS, 0)
+    out = [kind for kind in KINDS if needs[kind] > max(room, min(needs.values()))]
+    best = min((kind for kind in KINDS if kind not in out), key=lambda kind: total[kind])
     told = ", ".join(f"{kind} {1e3 * spent:.3g}" for kind, spent in total.items())
+    big = [f"; {kind} would take {needs[kind] / 1e9:.3g} GB of the device's {room / 1e9:.3g}" for kind in out]
     exchange, gather, *_ = astuple(link)
     return best, (
         f"dispatch: {best}; ms that a micro-batch waits for exchanges, foretold: {told} "
-        f"({exchange / 1e9:.3g} GB/s all to all, {gather / 1e9:.3g} gathering)"
+        f"({exchange / 1e9:.3g} GB/s all to all, {gather / 1e9:.3g} gathering){''.join(big)}"
     )

@@ -72,7 +72,7 @@ class _LowRank:
 
     def projects(self, shape: tuple[int, ...], role: Role) -> bool:
         """Whether a weight's matrices are seen through `rank` directions."""
-        return holds_matrices(shape, role) and len(shape) < 4 and min(shape[-2:]) > self.rank
+        return holds_matrices(shape, role) and min(shape[-2:]) > self.rank
 
     def state_bytes(self, shape: tuple[int, ...], role: Role) -> int:
         """Bytes of state of one whole weight: the directions, two moments and the history, all in fp32."""
@@ -254,18 +254,18 @@ class _History:
         weights = torch.cholesky_solve(eye.index_select(0, slot).mT.expand(len(products), -1, 1), root).squeeze(-1)
         for matrices, (name, tensor) in zip(self._places(seen), seen.items(), strict=True):
             if local(tensor).numel():
-                new, kept = _axes(local(tensor), 3), _axes(local(self.tensors[name]), 4)
+                new, kept = _stack(local(tensor)), _stack(local(self.tensors[name]), before=1)
                 new.copy_(torch.einsum("es,semr->emr", weights[matrices].to(new.dtype), kept))
 
     def _products(self, seen: Mapping[str, Tensor]) -> Tensor:
         """HᵀH of every matrix, one after the other, the same on all ranks."""
-        count = sum(tensor.shape[0] if tensor.dim() == 3 else 1 for tensor in seen.values())
+        count = sum(prod(tensor.shape[:-2]) for tensor in seen.values())
         device = local(next(iter(seen.values()))).device
         sums = torch.zeros(count, self.past.steps, self.past.steps, dtype=torch.float64, device=device)
         for matrices, name in zip(self._places(seen), seen, strict=True):
             copies = self.whole.cut(seen[name]).copies
             if copies[self.whole.rank] == copies[0] and local(seen[name]).numel():  # each part once
-                kept = _axes(local(self.tensors[name]), 4).transpose(0, 1).flatten(2)
+                kept = _stack(local(self.tensors[name]), before=1).transpose(0, 1).flatten(2)
                 sums[matrices] += kept @ kept.mT
         if self.whole.ranks > 1:
             dist.all_reduce(sums)
@@ -278,7 +278,7 @@ class _History:
             box = self.whole.cut(tensor).boxes[self.whole.rank]
             first = slice(0, 0) if box is None else box[0]
             found.append(slice(before + first.start, before + first.stop))
-            before += tensor.shape[0] if tensor.dim() == 3 else 1
+            before += prod(tensor.shape[:-2])
         return found
 
 
@@ -294,9 +294,9 @@ def _tall(matrices: Tensor) -> bool:
     return matrices.shape[-2] >= matrices.shape[-1]
 
 
-def _axes(part: Tensor, axes: int) -> Tensor:
-    """With an axis of one matrix where a weight has none."""
-    return part if part.dim() == axes else part.unsqueeze(axes - 3)
+def _stack(part: Tensor, before: int = 0) -> Tensor:
+    """With one axis for the matrices, however many a weight has, after `before` others."""
+    return part.view(*part.shape[:before], -1, *part.shape[-2:])
 
 
 def _seen_shape(weight: Tensor, rank: int) -> tuple[int, ...]:

@@ -3,14 +3,19 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from farspan.launch import run as runs
 from farspan.launch import runner
 from farspan.models.ffns import Moe
+from farspan.parallel.expert.auto import KINDS
 from farspan.platform import config
-from farspan.platform.plan import plan
+from farspan.platform.dispatching import _memory
+from farspan.platform.plan import Memory, plan
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -55,6 +60,40 @@ def test_models_of_experts_have_their_sizes(name: str, total: int, active: int) 
     ffns = [(block.repeat, block.ffn) for block in model.blocks if isinstance(block.ffn, Moe)]
     unmet = sum(repeat * (ffn.experts - ffn.active) * 3 * ffn.hidden * model.width for repeat, ffn in ffns)
     assert total - unmet == active
+
+
+def test_memory_is_that_of_the_dispatch() -> None:
+    """Gathered tokens are held as often as there are ranks, experts that are gathered whole; beside them nothing
+    differs."""
+    path = next(p for p in CONFIGS if p.stem == "expert_parallel")
+
+    def memory(ranks: int, *overrides: str) -> Memory:
+        run = runs.decode(config.read(path, [f"launch.ranks={ranks}", "model.blocks.0.ffn.shared=0", *overrides]))
+        return plan(run.job, ranks, "cpu").memory
+
+    tokens, gathered, whole = (
+        memory(4, "parallel.ep=4", f"parallel.dispatch={{kind: {kind}}}")
+        for kind in ("all_to_all", "all_gather", "weight_gather")
+    )
+    rows, kept = 4 * 256, 4 * (2 * 2 * 128 + 128 + 2 + 2 + 2)
+    """Of a token: gate and up of two experts, itself, and its two shares, rows and places."""
+    assert gathered.activations - tokens.activations == pytest.approx(4 * 3 * rows * kept, rel=0.1)
+    assert whole.gathered - tokens.gathered == 2 * (8 - 2) * 3 * 128 * 128 * 4
+    assert whole.activations == pytest.approx(tokens.activations, rel=1e-5) and gathered.gathered == tokens.gathered
+    assert memory(4, "parallel.ep=1", "parallel.etp=2").activations > memory(4, "parallel.ep=1").activations
+    assert memory(3, "train.batch=3", "parallel.ep=3", "parallel.dispatch={kind: weight_gather}").total, "8 / 3 experts"
+
+
+def test_auto_knows_what_a_gpu_would_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = runs.decode(config.read(next(p for p in CONFIGS if p.stem == "expert_parallel"))).job
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * 10**9))
+    monkeypatch.setattr(dist, "all_reduce", lambda *_, **__: None)
+    mesh = SimpleNamespace(device=torch.device("cuda"), sizes=job.parallel.sizes(2), control=None)
+    needs, room = _memory(job, mesh)  # type: ignore[arg-type]
+    assert room == 80 * 10**9 and needs is not None and set(needs) == set(KINDS)
+    assert needs["all_to_all"] == plan(job, 2, "cuda").memory.total < min(needs["all_gather"], needs["weight_gather"])
+    mesh.device = torch.device("cpu")
+    assert _memory(job, mesh) == (None, 0)  # type: ignore[arg-type]
 
 
 def test_two_ranks_of_cp_hold_half_of_each_sequence() -> None:

@@ -2,15 +2,14 @@
 
 import json
 from pathlib import Path
-from shutil import rmtree
 
 import pytest
 from launching import numbers, refusal
 
 CONFIG = Path(__file__).parents[2] / "configs" / "expert_parallel.yaml"
 SMALL = ["data.paths=[corpus]", "data.sequence_length=48", "data.cache=cache", "train.batch=4", "train.micro_batch=1"]
-SMALL += ["schedule.warmup=1", "train.steps=6", "checkpoint.every=3", "checkpoint.keep=2"]
-SMALL += ["train.precision=fp32", "train.recompute=selective"]
+SMALL += ["schedule.warmup=1", "schedule.steps=4", "train.steps=4", "checkpoint.every=null"]
+SMALL += ["train.precision=fp32", "train.recompute=selective", "model.blocks.0.repeat=2"]
 ALONE = ["launch.ranks=1", "parallel.ep=1"]
 
 
@@ -32,16 +31,13 @@ ALONE = ["launch.ranks=1", "parallel.ep=1"]
 def test_goes_on_under_another_cut(first: list[str], then: list[str], corpus: Path) -> None:
     folder, optim = corpus.parent, [key for key in first if key.startswith("optim")]
     wanted = numbers(CONFIG, folder, *SMALL, *ALONE, *optim, "name=alone")
-    assert [line[0] for line in wanted] == [1, 2, 3, 4, 5, 6]
-    numbers(CONFIG, folder, *SMALL, *first, "name=part")
-    checkpoints = folder / "runs" / "part" / "checkpoints"
-    (checkpoints / "LATEST").write_text("step-00000003\n")
-    rmtree(checkpoints / "step-00000006")
+    assert [line[0] for line in wanted] == [1, 2, 3, 4]
+    numbers(CONFIG, folder, *SMALL, *first, "name=part", "train.steps=2")
     back = [f"{key.partition('=')[0]}=1" for key in first if key.startswith(("parallel.tp", "parallel.cp"))]
     found = numbers(CONFIG, folder, *SMALL, *optim, *back, *then, "name=part", "--resume")
-    for ours, theirs in zip(found[-3:], wanted[-3:], strict=True):
+    for ours, theirs in zip(found, wanted, strict=True):
         assert ours[:3] == pytest.approx(theirs[:3], rel=3e-3 if optim else 1e-4)
-    assert json.loads((checkpoints.parent / "status.json").read_text())["state"] == "done"
+    assert json.loads((folder / "runs" / "part" / "status.json").read_text())["state"] == "done"
 
 
 @pytest.mark.parametrize(

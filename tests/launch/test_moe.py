@@ -13,38 +13,33 @@ from farspan.platform.stored import Stored
 
 CONFIG = Path(__file__).parents[2] / "configs" / "moe.yaml"
 SMALL = ["data.paths=[corpus]", "data.sequence_length=48", "data.cache=cache", "train.batch=4", "train.micro_batch=1"]
-SMALL += ["schedule.warmup=1", "train.steps=6", "checkpoint.every=3", "train.precision=fp32"]
+SMALL += ["schedule.warmup=1", "schedule.steps=4", "train.steps=4", "checkpoint.every=null", "train.precision=fp32"]
+SMALL += ["model.blocks.0.repeat=2"]
 
 
 def test_trains_and_goes_on_with_fewer_ranks(corpus: Path) -> None:
     """Two ranks that stop half way and one that goes on are one that never stopped; its line tells of the experts."""
-    folder, same = corpus.parent, ["train.recompute=selective", "checkpoint.keep=2"]
+    folder, same = corpus.parent, ["train.recompute=selective"]
     same += [
         f"model.blocks.0.ffn.{field}" for field in ("bias=aux_free", "bias_rate=0.1", "jitter=0.1", "capacity=1.5")
     ]
     whole = numbers(CONFIG, folder, *SMALL, *same, "name=whole", "launch.ranks=1")
-    numbers(CONFIG, folder, *SMALL, *same, "name=part")
-    latest = folder / "runs" / "part" / "checkpoints"
-    (latest / "LATEST").write_text("step-00000003\n")
-    for path in sorted((latest / "step-00000006").rglob("*"), reverse=True):
-        path.unlink() if path.is_file() else path.rmdir()
-    (latest / "step-00000006").rmdir()
+    numbers(CONFIG, folder, *SMALL, *same, "name=part", "train.steps=2")
     resumed = numbers(CONFIG, folder, *SMALL, *same, "name=part", "launch.ranks=1", "--resume")
-    assert [line[0] for line in whole] == [1, 2, 3, 4, 5, 6]
-    for ours, theirs in zip(resumed[-3:], whole[-3:], strict=True):
+    assert [line[0] for line in whole] == [1, 2, 3, 4]
+    for ours, theirs in zip(resumed, whole, strict=True):
         assert ours[:3] == pytest.approx(theirs[:3], rel=1e-4)
     assert (
         cli.main(["convert", str(folder / "runs" / "whole"), str(folder / "runs" / "coded"), "optim.kind=adamw8"]) == 0
     )
-    coded, end = (Stored(folder / "runs" / n / "checkpoints" / "step-00000006") for n in ("coded", "whole"))
-    assert torch.equal(*(found["model.layers.0.ffn.bias.value"] for found in (coded, end)))
-    kept = Stored(folder / "runs" / "whole" / "checkpoints" / "step-00000003")["model.layers.3.ffn.bias.value"]
-    assert kept.dtype == torch.float32 and kept.abs().max() > 0.05
+    ends = [Stored(folder / "runs" / name / "checkpoints" / "step-00000004") for name in ("coded", "whole")]
+    coded, kept = (end["model.layers.1.ffn.bias.value"] for end in ends)
+    assert torch.equal(coded, kept) and kept.dtype == torch.float32 and kept.abs().max() > 0.05
     last = metrics.read(folder / "runs" / "whole")[-1]
     assert 0 < (last["dropped"] or 0) < 0.5 and (last["router_z"] or 0) > 1
     assert json.loads((folder / "runs" / "whole" / "status.json").read_text())["state"] == "done"
     assert 1 <= (last["load_max"] or 0) <= 4 and 0 < (last["load_entropy"] or 0) <= 1
-    assert 0.02 < (last["router_cost"] or 0) < 0.16, "four layers, each of about 0.01"
+    assert 0.01 < (last["router_cost"] or 0) < 0.08, "two layers, each of about 0.01"
 
 
 @pytest.mark.parametrize(
@@ -52,7 +47,7 @@ def test_trains_and_goes_on_with_fewer_ranks(corpus: Path) -> None:
 )
 def test_other_experts_are_dealt_out_as_well(name: str, corpus: Path) -> None:
     """Two ranks that have half of them each are one that has all."""
-    config, few = CONFIG.with_name(f"{name}.yaml"), ["train.steps=3", "checkpoint.every=null"]
+    config, few = CONFIG.with_name(f"{name}.yaml"), ["train.steps=3"]
     alone = numbers(config, corpus.parent, *SMALL, *few, "name=alone", "launch.ranks=1")
     found = numbers(config, corpus.parent, *SMALL, *few, "name=part", "parallel.ep=2")
     for ours, theirs in zip(found, alone, strict=True):

@@ -10,20 +10,19 @@ import time
 from pathlib import Path
 
 import pytest
-from launching import refusal
+from launching import numbers, refusal
 
 from farspan.platform import metrics
 from processes import alive
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = ["data.paths=[corpus]", "data.sequence_length=48", "data.cache=cache", "data.held_out=0.2", "model.width=48"]
-SMALL += ["train.batch=4", "train.evaluate={every: 4, rows: 2}", "schedule.warmup=1", "checkpoint.every=3"]
+SMALL += ["train.batch=4", "train.evaluate={every: 4, rows: 2}", "schedule.warmup=1", "checkpoint.every=null"]
 LAYER = "model.blocks=[{repeat: 2, mixer: {kind: softmax, heads: 2}, ffn: {kind: swiglu, hidden: 96}}]"
 
 
-def command(config: str, *overrides: str) -> list[str]:
-    path = str(CONFIGS / f"{config}.yaml")
-    return [sys.executable, "-m", "farspan.launch.cli", "train", "--config", path, *SMALL, LAYER, *overrides]
+def train(config: str, folder: Path, *overrides: str) -> None:
+    numbers(CONFIGS / f"{config}.yaml", folder, *SMALL, LAYER, *overrides)
 
 
 def losses(folder: Path) -> dict[int, float]:
@@ -41,10 +40,7 @@ def losses(folder: Path) -> dict[int, float]:
     ],
 )
 def test_trains_from_file_to_checkpoint(config: str, rest: tuple[str, ...], corpus: Path) -> None:
-    done = subprocess.run(
-        command(config, "name=run", "train.steps=6", *rest), cwd=corpus.parent, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    train(config, corpus.parent, "name=run", "train.steps=6", *rest)
     folder = corpus.parent / "runs" / "run"
     found = losses(folder)
     assert sorted(found) == [1, 2, 3, 4, 5, 6] and found[6] < found[1]
@@ -53,11 +49,12 @@ def test_trains_from_file_to_checkpoint(config: str, rest: tuple[str, ...], corp
 
 def test_killed_8_bit_training_goes_on_as_if_never_stopped(corpus: Path) -> None:
     """A rank killed between two saves, with state streamed from host memory and gradients accumulated."""
-    long = ("train.steps=24", "train.evaluate=null", "checkpoint.every=4", "train.micro_batch=1")
-    subprocess.run(command("adamw8", "name=whole", *long), cwd=corpus.parent, check=True, capture_output=True)
-    folder = corpus.parent / "runs" / "killed"
+    long = ("train.steps=24", "train.evaluate=null", "train.micro_batch=1")
+    train("adamw8", corpus.parent, "name=whole", *long)
+    folder, killed = corpus.parent / "runs" / "killed", ("name=killed", *long, "checkpoint.every=4")
+    command = [sys.executable, "-m", "farspan.launch.cli", "train", "--config", str(CONFIGS / "adamw8.yaml")]
     run = subprocess.Popen(
-        command("adamw8", "name=killed", *long), cwd=corpus.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        [*command, *SMALL, LAYER, *killed], cwd=corpus.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     wait_for_step(folder, 6)
     victim = next(pid for pid in alive("farspan.launch.cli") if of_rank(pid, 1, folder))
@@ -66,8 +63,7 @@ def test_killed_8_bit_training_goes_on_as_if_never_stopped(corpus: Path) -> None
     assert run.returncode == 0, said.decode()
     assert {line["attempt"] for line in metrics.read(folder)} == {1, 2}, "it was killed while it trained"
     assert losses(folder) == losses(corpus.parent / "runs" / "whole")
-    longer = command("adamw8", "name=killed", *long, "train.steps=26", "optim.offload=null", "--resume")
-    subprocess.run(longer, cwd=corpus.parent, check=True, capture_output=True)
+    train("adamw8", corpus.parent, *killed, "train.steps=26", "optim.offload=null", "--resume")
     assert max(losses(folder)) == 26
 
 

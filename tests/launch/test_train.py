@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from launching import said
 
 from farspan.launch import cli
 from farspan.platform import metrics
@@ -49,23 +50,27 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, write_corpus: Callable
     folder = tmp_path_factory.mktemp("undisturbed")
     write_corpus(folder)
     (folder / "tiny.yaml").write_text(CONFIG)
-    finished(launch(folder / "tiny.yaml"))
+    trained(folder / "tiny.yaml", "checkpoint.every=null")
     return folder / "runs" / "tiny"
 
 
-def launch(config: Path, *arguments: str, command: str = "train", **started: Any) -> subprocess.Popen[str]:
-    """`launch` in the folder of the config, its output in `.stdout`."""
-    line = [sys.executable, "-m", "farspan.launch.cli", command]
-    line += ["--config", str(config), *arguments] if command == "train" else list(arguments)
+def launch(config: Path, *arguments: str, **started: Any) -> subprocess.Popen[str]:
+    """`launch train` in the folder of the config as a process of its own, its output in `.stdout`."""
+    line = [sys.executable, "-m", "farspan.launch.cli", "train", "--config", str(config), *arguments]
     return subprocess.Popen(
         line, cwd=config.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **started
     )
 
 
 def finished(process: subprocess.Popen[str], code: int = 0) -> str:
-    said = process.communicate(timeout=240)[0]
-    assert process.returncode == code, said
-    return said
+    text = process.communicate(timeout=240)[0]
+    assert process.returncode == code, text
+    return text
+
+
+def trained(config: Path, *arguments: str, code: int = 0) -> str:
+    """What a whole `launch train` in the folder of the config says."""
+    return said(config.parent, "train", "--config", str(config), *arguments, code=code)
 
 
 def status(folder: Path) -> dict[str, Any]:
@@ -105,9 +110,9 @@ def wait_for_step(folder: Path, step: int) -> None:
 
 def test_train_resume_verify_report(config: Path) -> None:
     """One run from beginning to end, and everything a person does with it afterwards."""
-    said = finished(launch(config))
+    text = finished(launch(config))
     folder = config.parent / "runs" / "tiny"
-    assert "step     30  loss" in said and "sample: def" in said and "run folder: runs/tiny" in said
+    assert "step     30  loss" in text and "sample: def" in text and "run folder: runs/tiny" in text
     assert status(folder) == {
         "state": "done",
         "exit_code": 0,
@@ -133,31 +138,31 @@ def test_train_resume_verify_report(config: Path) -> None:
     assert [line["step"] for line in lines if "eval_loss" in line] == [10, 20, 30]
     assert (folder / "logs" / "rank-0.log").exists() and (folder / "logs" / "rank-1.log").exists()
 
-    said = finished(launch(config), code=2)  # never overwritten silently
-    assert "name=tiny: the run" in said and "add --resume to go on with it, or name=another" in said
+    text = trained(config, code=2)  # never overwritten silently
+    assert "name=tiny: the run" in text and "add --resume to go on with it, or name=another" in text
 
-    said = finished(launch(config, "--resume", "train.steps=20"), code=2)
-    assert "train.steps=20: the run is at step 30" in said
+    text = trained(config, "--resume", "train.steps=20", code=2)
+    assert "train.steps=20: the run is at step 30" in text
 
-    said = finished(launch(config, "--resume", "optim.rate=0.5"), code=2)
-    assert "optim.rate=0.5" in said and "--resume may change only train.steps" in said
+    text = trained(config, "--resume", "optim.rate=0.5", code=2)
+    assert "optim.rate=0.5" in text and "--resume may change only train.steps" in text
 
-    said = finished(launch(config, "--resume", "train.steps=40", "launch.ranks=1"))
-    assert "resumed from" in said and status(folder)["step"] == 40
+    text = trained(config, "--resume", "train.steps=40", "launch.ranks=1")
+    assert "resumed from" in text and status(folder)["step"] == 40
     assert "steps: 30" in (folder / "config.yaml").read_text(), "the schedule's horizon stays where it was"
 
-    assert "sound" in finished(launch(config, str(folder), command="verify"))
+    assert "sound" in said(config.parent, "verify", str(folder))
     file = next((folder / "checkpoints" / "step-00000040").glob("*.safetensors"))
     content = bytearray(file.read_bytes())
     content[-3] ^= 4
     file.write_bytes(content)
-    said = finished(launch(config, str(folder / "checkpoints" / "step-00000040"), command="verify"), code=2)
-    assert "DAMAGED" in said and "SHA-256 differs" in said
-    said = finished(launch(config, "train.steps=40", "--resume", "launch.ranks=1"))
-    assert "step-00000040 does not verify and is passed over" in said and "resumed from" in said
-    assert "DAMAGED" not in finished(launch(config, str(folder), command="verify")), "step 40 was made and saved again"
+    text = said(config.parent, "verify", str(folder / "checkpoints" / "step-00000040"), code=2)
+    assert "DAMAGED" in text and "SHA-256 differs" in text
+    text = trained(config, "train.steps=40", "--resume", "launch.ranks=1")
+    assert "step-00000040 does not verify and is passed over" in text and "resumed from" in text
+    assert "DAMAGED" not in said(config.parent, "verify", str(folder)), "step 40 was made and saved again"
 
-    page = Path(finished(launch(config, str(folder), command="report")).strip().splitlines()[-1])
+    page = Path(said(config.parent, "report", str(folder)).strip().splitlines()[-1])
     assert "<svg" in (config.parent / page).read_text()
 
 
@@ -167,8 +172,7 @@ def test_kill_9_of_a_rank_ends_with_the_same_metrics(config: Path, undisturbed: 
     folder = config.parent / "runs" / "hurt"
     wait_for_step(folder, random.Random(time.time()).randint(6, 24))
     os.kill(rank_of(folder, int(victim[-1])), signal.SIGKILL)
-    said = finished(process)
-    assert "restart" in said
+    assert "restart" in finished(process)
     assert numbers(folder) == numbers(undisturbed)
     assert {line["attempt"] for line in metrics.read(folder)} == {1, 2}
     assert not alive(str(folder))
@@ -186,8 +190,8 @@ def test_a_signal_saves_and_exits_85_and_resume_goes_on(config: Path, number: si
     assert (folder / "checkpoints" / "LATEST").read_text() == f"step-{told['step']:08d}\n"
     assert not alive(str(folder))
     if number == signal.SIGTERM:
-        said = finished(launch(config, "--resume", f"train.steps={told['step'] + 2}"))
-        assert f"resumed from {folder}/checkpoints/step-{told['step']:08d}" in said
+        text = trained(config, "--resume", f"train.steps={told['step'] + 2}")
+        assert f"resumed from {folder}/checkpoints/step-{told['step']:08d}" in text
 
 
 def test_a_crash_loop_stops_with_a_clear_reason(config: Path, tmp_path: Path) -> None:
@@ -196,9 +200,9 @@ def test_a_crash_loop_stops_with_a_clear_reason(config: Path, tmp_path: Path) ->
     (tmp_path / "hook").mkdir()
     hook = "import os\nif os.environ.get('RANK') == '1' and 'WORLD_SIZE' in os.environ:\n    os._exit(17)\n"
     (tmp_path / "hook" / "sitecustomize.py").write_text(hook)
-    said = finished(launch(config, "launch.retries=2", env=broken), code=75)
+    text = finished(launch(config, "launch.retries=2", env=broken), code=75)
     told = status(config.parent / "runs" / "tiny")
-    assert told["state"] == "failed" and told["exit_code"] == 75 and "17" in told["reason"] and "17" in said
+    assert told["state"] == "failed" and told["exit_code"] == 75 and "17" in told["reason"] and "17" in text
 
 
 def test_torchrun_is_a_launcher_too(config: Path) -> None:
@@ -258,8 +262,7 @@ def test_mistakes_are_named_before_any_process_starts(
 ) -> None:
     monkeypatch.chdir(config.parent)
     assert cli.main(["train", "--config", str(config), *arguments]) == 2
-    said = capfd.readouterr().err
-    assert message in said and not (config.parent / "runs").exists()
+    assert message in capfd.readouterr().err and not (config.parent / "runs").exists()
 
 
 @dataclass(frozen=True)
@@ -275,8 +278,8 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory, write_corpus: Callable[[P
     folder = tmp_path_factory.mktemp("spread")
     write_corpus(folder)
     (folder / "tiny.yaml").write_text(CONFIG)
-    said = finished(launch(folder / "tiny.yaml", "name=one", "launch.ranks=1", "train.steps=8", *CHANGES))
-    return OneRank(folder / "tiny.yaml", sample_of(said))
+    text = trained(folder / "tiny.yaml", "name=one", "launch.ranks=1", "train.steps=8", *CHANGES)
+    return OneRank(folder / "tiny.yaml", sample_of(text))
 
 
 CHANGES = (
@@ -284,12 +287,13 @@ CHANGES = (
     "model.blocks.0.mixer.heads=4",
     "model.blocks.0.mixer.kv_heads=2",
     "train.evaluate={every: 4, rows: 4}",
+    "checkpoint.every=null",
 )
 """To the tiny job: heads enough for four ranks."""
 
 
-def sample_of(said: str) -> str:
-    return next(line for line in said.splitlines() if "sample: " in line)
+def sample_of(text: str) -> str:
+    return next(line for line in text.splitlines() if "sample: " in line)
 
 
 def same_curve(one_rank: OneRank, name: str) -> None:
@@ -304,10 +308,10 @@ def same_curve(one_rank: OneRank, name: str) -> None:
 def test_stopped_across_ranks_and_gone_on_with_on_one(one_rank: OneRank, axis: str) -> None:
     """Layers or sequences spread over two ranks, and then on one: the losses and the text of one rank."""
     common = [f"name={axis}", "schedule.steps=8", *CHANGES]
-    finished(launch(one_rank.config, f"parallel.{axis}=2", "train.steps=4", *common))
-    said = finished(launch(one_rank.config, "launch.ranks=1", "train.steps=8", "--resume", *common))
+    trained(one_rank.config, f"parallel.{axis}=2", "train.steps=4", *common)
+    text = trained(one_rank.config, "launch.ranks=1", "train.steps=8", "--resume", *common)
     same_curve(one_rank, axis)
-    assert sample_of(said) == one_rank.written
+    assert sample_of(text) == one_rank.written
 
 
 CONTEXTS = ("{kind: gather}", "{kind: ring}", "{kind: token_ring}", "{kind: ulysses}", "{kind: auto}")
@@ -329,18 +333,18 @@ def test_every_context_schedule_gives_one_ranks_losses(one_rank: OneRank, parall
     name = "".join(c if c.isalnum() else "-" for c in parallel)
     ranks = 4 if any(size in parallel for size in ("cp: 4", "dp: 2", "tp: 2")) else 2
     wanted = [f"name={name}", f"parallel={parallel}", f"launch.ranks={ranks}", "train.steps=8", *CHANGES]
-    said = finished(launch(one_rank.config, *wanted))
+    text = trained(one_rank.config, *wanted)
     same_curve(one_rank, name)
-    assert sample_of(said) == one_rank.written
+    assert sample_of(text) == one_rank.written
 
 
 def test_bad_data_is_named_and_mended(config: Path) -> None:
     """What only the ranks can see ends them with the reason, and leaves the name free."""
     (config.parent / "bad").mkdir()
     (config.parent / "bad" / "latin.txt").write_bytes(b"caf\xe9")
-    said = finished(launch(config, "data.bad_files=stop", "data.paths=[corpus, bad]"), code=2)
-    assert "bad/latin.txt" in said and "Traceback" not in said
-    finished(launch(config, "train.steps=3"))  # the name is not burnt: nothing had been trained
+    text = trained(config, "data.bad_files=stop", "data.paths=[corpus, bad]", code=2)
+    assert "bad/latin.txt" in text and "Traceback" not in text
+    trained(config, "train.steps=3")  # the name is not burnt: nothing had been trained
 
 
 def test_data_that_no_retry_can_read_ends_the_run_at_once(config: Path) -> None:
@@ -349,8 +353,8 @@ def test_data_that_no_retry_can_read_ends_the_run_at_once(config: Path) -> None:
     documents[17, 2500] = 999
     index.write(str(config.parent / "flat"), iter(documents), np.dtype(np.uint16))
     data = "data={kind: tokens, paths: [flat], tokenizer: bytes, sequence_length: 48}"
-    said = finished(launch(config, data, "train.batch=256", "train.micro_batch=128", "train.steps=300"), code=2)
-    assert "flat.bin: token 999 at place 70517 is outside the tokenizer's 257" in said and "attempt 2" not in said
+    text = trained(config, data, "train.batch=256", "train.micro_batch=128", "train.steps=300", code=2)
+    assert "flat.bin: token 999 at place 70517 is outside the tokenizer's 257" in text and "attempt 2" not in text
 
 
 def test_a_run_belongs_to_one_process(config: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
@@ -372,5 +376,5 @@ def test_a_folder_that_is_no_run_is_left_alone(config: Path, monkeypatch: pytest
 
 
 def test_nothing_held_out_is_refused(config: Path) -> None:
-    said = finished(launch(config, "data.paths=[corpus/06.py]"), code=2)
-    assert "no document is held out" in said and "train.evaluate=null" in said
+    text = trained(config, "data.paths=[corpus/06.py]", code=2)
+    assert "no document is held out" in text and "train.evaluate=null" in text

@@ -110,7 +110,13 @@ def test_every_weight_has_a_beginning() -> None:
 
 @pytest.mark.parametrize(
     ("fields", "message"),
-    [({"most": 7}, "most=7: must be from 1"), ({"chunk": 1}, "chunk=1"), ({"hidden": 0}, "hidden=0")],
+    [
+        ({"most": 7}, "most=7: must be from 1"),
+        ({"chunk": 1}, "chunk=1"),
+        ({"hidden": 0}, "hidden=0"),
+        ({"sharpness": 3.0}, "sharpness=3.0: locality=0 has no use for it; set locality, or leave sharpness at 100.0"),
+        ({"chunk": 4, "locality": 0.1}, "chunk=4: sparsity=0 has no use for it"),
+    ],
 )
 def test_mistakes_are_named(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -303,12 +303,14 @@ def test_the_model_adds_what_routers_charge() -> None:
     ("fields", "message"),
     [
         ({"experts": 1}, "experts=1: must be at least 2"),
-        ({"active": 7}, "active=7: must be at least 1, and no more than the experts that take part"),
+        ({"active": 7}, "active=7: must be at least 1, and no more than the 6 experts that take part"),
         ({"groups": 4}, "groups=4: must divide experts=6"),
         ({"groups": 3, "kept_groups": 4}, "kept_groups=4: must be from 1 to groups=3"),
-        ({"groups": 3, "active": 3}, "active=3: must be"),
+        ({"groups": 3, "active": 3}, "active=3: must be at least 1, and no more than the 2 experts"),
         ({"hidden": 0}, "hidden=0, shared=0: must be at least 1 and 0"),
         ({"balance": -1.0}, "balance=-1.0"),
+        ({"score": "softmax_after", "normalised": False}, "normalised=False: softmax_after always sums to one"),
+        ({"balance": 0.0, "balance_over": "step"}, "balance_over=step: balance=0 charges for nobody's loads"),
     ],
 )
 def test_mistakes_are_named(fields: dict[str, Any], message: str) -> None:

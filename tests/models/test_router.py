@@ -142,6 +142,8 @@ def test_quantiles_are_what_the_step_asked_for() -> None:
     scores = (x.flatten(0, 1) @ module.router.weight.T).softmax(-1)
     torch.testing.assert_close(module.bias.value, (quantiles(scores, torch.zeros(6), 2, None) / 18).float())
     assert shifted(torch.zeros(2), torch.ones(2), 1.0).tolist() == [0, 0]
+    with torch.no_grad():
+        assert module(x, Documents())[1].wish.shape == (), "no step, no sort"
 
 
 def test_jitter_is_of_the_token_and_the_step() -> None:
@@ -245,7 +247,9 @@ def test_who_finds_no_room_adds_nothing_and_is_counted() -> None:
         ({"shared_gate": True}, "shared_gate=True: there is no shared expert"),
         ({"jitter": 1.0}, "jitter=1.0: must be from 0"),
         ({"capacity": 0.0}, "capacity=0.0: must be above 0"),
+        ({"drop": "least"}, "drop=least: without a capacity no visit is left out; set capacity: 1.25, or leave drop"),
         ({"bias": "aux_free", "bias_rate": 0.0}, "bias_rate=0.0: must be above 0"),
+        ({"bias": "quantile", "bias_rate": 0.1}, "bias_rate=0.1: bias=quantile has no rate; set bias: aux_free"),
         ({"bias": "aux_free", "score": "softmax_after"}, "bias=aux_free: is for scores of a fixed range"),
         ({"bias": "quantile", "groups": 2, "kept_groups": 2}, "bias=quantile: needs groups=1"),
         ({"bias": "quantile", "active": 6}, "active below experts"),

@@ -45,6 +45,14 @@ def test_many_tokens_stay_and_few_travel() -> None:
     assert seconds(replace(QWEN, tokens=1 << 18), 8, 1, hidden)["weight_gather"] == 0, "behind the products"
 
 
+def test_what_does_not_fit_is_left_out() -> None:
+    layers, needs = {replace(QWEN, tokens=1 << 18): 48}, {"all_to_all": 40, "all_gather": 70, "weight_gather": 90}
+    assert pick(layers, 8, 1, NVLINK, needs, 90)[0] == "weight_gather"
+    best, why = pick(layers, 8, 1, NVLINK, {kind: size * 10**9 for kind, size in needs.items()}, 80 * 10**9)
+    assert best == "all_to_all" and why.endswith("gathering); weight_gather would take 90 GB of the device's 80")
+    assert pick(layers, 8, 1, NVLINK, needs, 30)[0] == "all_to_all", "the smallest, if none fits"
+
+
 def measured() -> Any:
     control = dist.new_group(backend="gloo")
     mesh = Mesh(Parallel(ep=2).sizes(2), torch.device("cpu"), control)

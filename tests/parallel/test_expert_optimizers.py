@@ -12,13 +12,16 @@ from farspan.models.decoder import initial
 from farspan.models.roles import roles
 from farspan.parallel.engine import Engine
 from farspan.parallel.mesh import Mesh, Parallel
-from farspan.platform.optim import Adamw, Adamw8, Muon
+from farspan.platform.optim import Adamw, Adamw8, Galore, Muon, NaturalGalore
 
 CONFIGS = {
     "adamw8": Adamw8(rate=1e-2, exact=(), master="fp32"),
     "muon": Muon(rate=1e-2, rest=Adamw(rate=1e-2)),
     "muon int8": Muon(rate=1e-2, rest=Adamw(rate=1e-2), momentum="int8"),
+    "galore": Galore(rate=1e-2, rest=Adamw(rate=1e-2), rank=1, every=1),
+    "natural_galore": NaturalGalore(rate=1e-2, rest=Adamw(rate=1e-2), rank=1, every=1, history=2, damping=1.0),
 }
+"""GaLore's rank is that of an expert's least gradient, of a single token: any further directions are of rounding."""
 CUTS = [{"ep": 2, "etp": 2, "dispatch": "all_to_all"}, {"tp": 2, "ep": 4, "dispatch": "all_gather"}]
 
 

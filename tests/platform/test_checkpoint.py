@@ -244,6 +244,7 @@ def misfit(root: str) -> str:
 def test_another_model_is_refused_by_name(ranks: Any, saved: Path) -> None:
     text = ranks(1, misfit, root=str(saved))[0]
     assert "model.other is missing there" in text and "model.wide is unknown here" in text and "optim.step is" in text
+    assert text.endswith(f"optimizer of {saved.parent / 'config.yaml'}, or start a run under a new name")
 
 
 def test_nothing_is_unpickled(saved: Path) -> None:

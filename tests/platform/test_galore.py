@@ -18,12 +18,13 @@ from farspan.platform import checkpoint
 from farspan.platform.optim import Adamw
 from farspan.platform.optim.galore import Galore, LowRankState, NaturalGalore
 
-SHAPES = {"tall": (9, 5), "wide": (6, 12), "square": (5, 5), "experts": (3, 8, 6), "thin": (3, 7), "norm": (5,)}
+SHAPES = {"tall": (9, 5), "wide": (6, 12), "square": (5, 5), "experts": (3, 8, 6), "gated": (3, 2, 6, 7)}
+SHAPES |= {"thin": (3, 7), "norm": (5,)}
 ROLES = {name: Role("norm" if name == "norm" else "matrix") for name in SHAPES}
 RANK, EVERY, HISTORY = 3, 3, 3
-PROJECTED = ("tall", "wide", "square", "experts")
+PROJECTED = ("tall", "wide", "square", "experts", "gated")
 """`thin` has no more than RANK rows, and goes with the rest."""
-TP_DIMS = {"wide": 1, "experts": 1}
+TP_DIMS = {"wide": 1, "experts": 1, "gated": 2}
 CUTS = {
     2: [{"shard": 2}, {"shard": 1}, {"tp": 2}, {"experts": 2}],
     4: [{"shard": 4}, {"shard": 2}, {"tp": 2}, {"tp": 2, "shard": 1}, {"experts": 2}],
@@ -53,7 +54,7 @@ def layout(axes: dict[str, int], control: dist.ProcessGroup) -> dict[str, tuple[
         found = dict.fromkeys(SHAPES, (mesh.weights, (Replicate(), Shard(0))[-mesh.weights.ndim :]))
         if "experts" in axes:
             two = DeviceMesh("cpu", torch.arange(world).view(axes["experts"], -1), mesh_dim_names=("ep", "edp"))
-            found["experts"] = (two, (Shard(0), Shard(1)))
+            found |= {"experts": (two, (Shard(0), Shard(1))), "gated": (two, (Shard(0), Shard(2)))}
         return found
     return {
         name: (
