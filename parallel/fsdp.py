@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from farspan.kernels.random import Normal, key
+from farspan.parallel import alone
 from farspan.parallel.mesh import Gather, Mesh
 
 
@@ -42,6 +43,7 @@ def shard(
     for shards in units(model):
         shards.set_gradient_divide_factor(1.0)
         shards.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+        alone.ease(shards)
 
 
 def _along(layer: nn.Module, unit: nn.Module) -> None:
