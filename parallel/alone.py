@@ -1,8 +1,8 @@
-"""FSDP's units of a mesh of one rank: weights are cast where they are used, gradients are kept as they come.
+"""FSDP's units of a mesh of one rank: weights are cast once or used as they are, gradients are kept as they come.
 
-Nothing is gathered or summed there, but FSDP goes through the motions: a cast and a copy of each weight, three copies of
-each gradient. Of experts, whose weights are many for what one token needs of them, these take a quarter of a step on a
-GPU alone; and whoever deals experts out to all ranks has such a mesh for them.
+Nothing is gathered or summed there, but FSDP goes through the motions: a cast and a copy of each weight, three copies
+of each gradient. Experts have many weights for what one token needs of them, so that these add up; and whoever deals
+experts out to all ranks has such a mesh for them.
 """
 
 from typing import Any
@@ -25,21 +25,20 @@ def ease(unit: FSDPModule) -> None:
 class _Alone(FSDPParamGroup):
     @torch.no_grad()
     def wait_for_unshard(self) -> None:
-        """Makes the weights of products: one cast, in the present stream."""
+        """Makes the weights of products, in the present stream: one cast, or nothing where they have their type."""
         if self._all_gather_result is None:
             return
         self._all_gather_result = None
-        made, held = [], []
-        for weight in self.fsdp_params:
-            source = weight._sharded_param_data
-            weight.init_all_gather_outputs([source.numel()], [weight.param_dtype or source.dtype], 1, self.device)
+        casts = [weight for weight in self.fsdp_params if not _shared(weight)]
+        for weight in casts:
+            size = weight._sharded_param_data.numel()
+            weight.init_all_gather_outputs([size], [weight.param_dtype or weight.orig_dtype], 1, self.device)
             alloc_storage(weight.all_gather_outputs[0])
-            made.append(weight.all_gather_outputs[0])
-            held.append(source)
-        with torch.autograd._unsafe_preserve_version_counter(tuple(made)):
-            torch._foreach_copy_(made, held)
-        for weight in self.fsdp_params:
             weight.init_unsharded_param()
+        if casts:
+            made = [weight.all_gather_outputs[0] for weight in casts]
+            with torch.autograd._unsafe_preserve_version_counter(tuple(made)):
+                torch._foreach_copy_(made, [weight._sharded_param_data for weight in casts])
         self._to_unsharded()
 
     @torch.compiler.disable
@@ -55,6 +54,21 @@ class _Alone(FSDPParamGroup):
             self.reshard()
         for weight, gradient in came:
             _add(weight, gradient, self._orig_dtype or gradient.dtype)
+
+
+def _shared(weight: FSDPParam) -> bool:
+    """Has products read the weight itself if it has their type: FSDP then finds no copy that it could free."""
+    held = weight._sharded_param_data
+    if weight.param_dtype not in (None, held.dtype):
+        return False
+    made = getattr(weight, "_unsharded_param", None)
+    if made is None or made.data_ptr() != held.data_ptr():
+        if made is not None:
+            del weight._unsharded_param
+        weight.all_gather_outputs = [held]
+        weight.init_unsharded_param()
+        weight.all_gather_outputs = []
+    return True
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from farspan.kernels.random import Normal
 from farspan.parallel import fsdp, recompute, tensor
 from farspan.parallel.context import Runtime
 from farspan.parallel.context.shard import Batch
-from farspan.parallel.expert import Dispatcher
+from farspan.parallel.expert import Dispatcher, Waits
 from farspan.parallel.fsdp import local
 from farspan.parallel.lane import lane_to
 from farspan.parallel.mesh import Gather, Mesh
@@ -124,6 +124,8 @@ class Engine:
         self.wishes: list[Tensor] = []
         """What routers would keep of these tokens, layer by layer; see `farspan.parallel.sums.Sums`."""
         self.told = torch.zeros(3, device=mesh.device)
+        self.waits: Waits | None = None
+        """How long this rank waited for exchanges of tokens in the last step; None where there are none."""
         self._seed, self._routes = seed, bool(getattr(model, "routes", False))
         fsdp.fill(self.weights, starts, seed)
         fsdp.fill(self.buffers, starts, seed)
@@ -136,6 +138,7 @@ class Engine:
         """
         total = torch.zeros((), device=self.mesh.device)
         routed: list[Sums] = []
+        self._waited()  # what was evaluated is in no step
         row = 0 if not self._routes else self.mesh.index("dp") * sum(len(batch.tokens) for batch in batches)
         for i, batch in enumerate(batches):
             last = self._last = i == len(batches) - 1
@@ -159,7 +162,11 @@ class Engine:
         if routed:
             self._add_up(routed)
         self._parts.finish()
+        self.waits = self._waited()
         return total
+
+    def _waited(self) -> Waits | None:
+        return None if self._dispatcher is None else self._dispatcher.waited()
 
     def _add_up(self, routed: Sequence[Sums]) -> None:
         """What routers said of the step's micro-batches, over all ranks: every one of them has other tokens."""

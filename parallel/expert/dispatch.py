@@ -144,7 +144,7 @@ class Local:
     def _meet(
         self, visits: Visits, w13: Tensor, w2: Tensor, beside: Beside | None, most: int | None
     ) -> tuple[Tensor, Tensor | None]:
-        """visits: of all etp, who all come with as many tokens -> what they make of experts, and what `beside` found."""
+        """visits: of all etp, with as many tokens each -> what they make of experts, and what `beside` found."""
         tokens, chosen, probability = visits
         found = through(tokens, w13, w2, probability, sort(chosen, len(w13)))
         return found, None if beside is None else beside()

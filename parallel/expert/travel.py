@@ -8,6 +8,7 @@ the same work in both directions.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -73,7 +74,7 @@ class Travelling(Local):
             return [visits]
         count = len(visits[0])
         ends = [count * i // self.chunks for i in range(self.chunks + 1)]
-        sizes = [end - begin for begin, end in zip(ends[:-1], ends[1:], strict=True)]
+        sizes = [end - begin for begin, end in pairwise(ends)]
         return list(zip(*(x.split(sizes) for x in visits), strict=True))
 
     def _work(self, trip: _Trip, w13: Tensor, w2: Tensor) -> "_Crossing":

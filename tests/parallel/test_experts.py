@@ -20,6 +20,7 @@ from farspan.parallel.mesh import Mesh, Parallel
 from farspan.platform.optim import Adamw
 
 DISPATCH = {"auto": Auto(), "all_to_all": AllToAll(), "all_gather": AllGather(), "weight_gather": WeightGather()}
+DISPATCH |= {"chunked": AllToAll(chunks=3), "padded": AllToAll(padded=True), "both": AllToAll(chunks=2, padded=True)}
 VOCABULARY, LENGTH, ROWS = 64, 19, 8
 
 
@@ -177,7 +178,9 @@ def test_micro_batches_and_recomputation_change_nothing(
     same(ranks(1, probe, cuts=[{}], micro=micro, kept=kept)[0][0], one_rank)
 
 
-A2A, GATHER, WEIGHTS = ({"dispatch": kind} for kind in ("all_to_all", "all_gather", "weight_gather"))
+A2A, GATHER, WEIGHTS, CHUNKED, PADDED, BOTH = (
+    {"dispatch": kind} for kind in ("all_to_all", "all_gather", "weight_gather", "chunked", "padded", "both")
+)
 CUTS: dict[str, list[dict[str, Any]]] = {
     "2": [
         {"shard": 2},
@@ -190,11 +193,13 @@ CUTS: dict[str, list[dict[str, Any]]] = {
         {"tp": 2, "ep": 2, **A2A},
         {"cp": 2},
         {"cp": 2, "ep": 2, **GATHER},
+        {"ep": 2, **CHUNKED},
+        {"cp": 2, "ep": 2, **PADDED},
     ],
     "4": [
         {"ep": 2, "etp": 2, **GATHER},
-        {"shard": 2, "ep": 2, **A2A},
-        {"tp": 2, "cp": 2, "ep": 2, **A2A},
+        {"shard": 2, "ep": 2, **BOTH},
+        {"tp": 2, "cp": 2, "ep": 2, **CHUNKED},
         {"tp": 4, "ep": 2, **WEIGHTS},
     ],
     "4 otherwise": [
@@ -207,7 +212,7 @@ CUTS: dict[str, list[dict[str, Any]]] = {
         {"ep": 8, **A2A},
         {"tp": 2, "cp": 2, "ep": 4, "etp": 2, **A2A},
         {"tp": 2, "shard": 2, "ep": 4, **GATHER},
-        {"cp": 4, "ep": 2, "etp": 2, **A2A},
+        {"cp": 4, "ep": 2, "etp": 2, **BOTH},
     ],
 }
 """By how many ranks."""
@@ -230,8 +235,8 @@ def test_ranks_equal_one_rank(ranks: Any, one_rank: dict[str, Any], name: str, m
 
 
 RESTLESS: dict[int, list[dict[str, Any]]] = {
-    4: [{"tp": 2, "cp": 2, "ep": 2, **A2A}, {"ep": 2, "etp": 2, **GATHER}, {"cp": 2, "ep": 4, **A2A}],
-    8: [{"tp": 2, "cp": 2, "ep": 4, "etp": 2, **A2A}, {"cp": 4, "ep": 2, **WEIGHTS}, {"ep": 8, **GATHER}],
+    4: [{"tp": 2, "cp": 2, "ep": 2, **A2A}, {"ep": 2, "etp": 2, **GATHER}, {"cp": 2, "ep": 4, **PADDED}],
+    8: [{"tp": 2, "cp": 2, "ep": 4, "etp": 2, **BOTH}, {"cp": 4, "ep": 2, **WEIGHTS}, {"ep": 8, **GATHER}],
 }
 
 
