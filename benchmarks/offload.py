@@ -564,7 +564,7 @@ def compare(model: str, names: Sequence[str], passed: Sequence[str], until: floa
 def link(device: torch.device) -> Row:
     """The host link each way, both ways, and both sides' updates, in GB/s and 1e9 parameters a second."""
     rates = measure(device, lambda: None)
-    return {name: value if name == "ranks" else value / 1e9 for name, value in asdict(rates).items()}
+    return {name: value / 1e9 for name, value in asdict(rates).items()}
 
 
 def one(named: str, plan: Plan) -> Row:

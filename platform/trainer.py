@@ -398,8 +398,7 @@ class Trainer:
         if not isinstance(optim, Adamw | Adamw8) or optim.offload is None:
             return optim.build(engine.weights, roles_of, self.job.seed)
         device, control = self.mesh.device, self.mesh.control
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        mine = measure(device, lambda: dist.barrier(group=control), ranks=here)
+        mine = measure(device, lambda: dist.barrier(group=control))
         every: list[Rates] = [mine] * dist.get_world_size(control)
         dist.all_gather_object(every, mine, group=control)
         units = units_of(optim, engine.weights, roles_of, self.job.seed, engine.units)

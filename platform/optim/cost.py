@@ -1,6 +1,7 @@
 """What a placement of optimizer state costs: seconds of an update, and of the forward pass that hides it."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from typing import Literal
@@ -12,6 +13,9 @@ Place = Literal["resident", "streamed", "cpu"]
 
 WINDOW = 3
 """Device buffers of the stream: one is filled, one updated, one emptied."""
+
+SHARED = 0.05
+"""So much later than either by itself link and cores end where what they share, the host's memory, is the bound."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,14 +36,13 @@ class Codec:
     """In host memory, of state that does not."""
     weight: float = 2.0
     """To the device after an update on the CPU."""
-    gradient: float = 2.0
-    """In host memory before an update on the CPU; it comes there during the backward pass."""
-    touched: float = 28.0
-    """Of host memory, read and written by an update on the CPU: fp32 moments and master, gradient and weight."""
+    gradient: float = 4.0
+    """From the device before an update on the CPU, as soon as the norm is known: fp32, for the CPU's kernel wants all
+    of one type."""
 
     def __post_init__(self) -> None:
-        if min(self.down, self.up, self.resident, self.host) <= 0 or min(self.weight, self.gradient, self.touched) < 0:
-            raise ValueError(f"codec: {self} must be positive; weight, gradient and touched may be zero")
+        if min(self.down, self.up, self.resident, self.host) <= 0 or min(self.weight, self.gradient) < 0:
+            raise ValueError(f"codec: {self} must be positive; weight and gradient may be zero")
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Prediction:
     forward: float
     """Of that pass by itself."""
     bound: str
-    """What takes longest: cpu, h2d, d2h, dram, window, or gpu (updates and forward)."""
+    """What takes longest: cpu, h2d, d2h, dram (which link and cores share), window, or gpu (updates and forward)."""
 
     @property
     def hidden(self) -> float:
@@ -68,6 +71,13 @@ def parameters(sizes: Sequence[int], places: Sequence[Place]) -> tuple[int, int,
     return resident, streamed, cores
 
 
+def pieces(sizes: Iterable[int], limit: float) -> Iterator[int]:
+    """Subgroups cut as the stream takes them: alike, and of at most `limit` parameters."""
+    for size in sizes:
+        count = max(1, math.ceil(size / limit))
+        yield from (size * (i + 1) // count - size * i // count for i in range(count))
+
+
 def predict(
     sizes: Sequence[int],
     places: Sequence[Place],
@@ -77,12 +87,14 @@ def predict(
     *,
     window: int = WINDOW,
     prefetched: bool = True,
+    piece: float = math.inf,
 ) -> Prediction:
     """The longest of what runs at once, and what has to wait for its end.
 
     sizes: parameters of subgroups in forward order. forward_seconds: of a whole pass, spread evenly over them.
-    prefetched: the stream's first window came during the backward pass. With many subgroups this is what `simulate`
-    plays, within a few percent: tests/platform/test_placement.py. ValueError: places do not fit sizes or rates.
+    prefetched: the stream's first window came during the backward pass. piece: bytes of one of its buffers; larger
+    subgroups come in several. With many subgroups this is what `simulate` plays, within a few percent:
+    tests/platform/test_placement.py. ValueError: places do not fit sizes or rates.
     """
     if len(sizes) != len(places):
         raise ValueError(f"placement: {len(places)} places for {len(sizes)} subgroups; choose anew")
@@ -92,10 +104,11 @@ def predict(
         )
     if not sizes:
         return Prediction(0.0, forward_seconds, forward_seconds, "gpu")
-    load = _load(sizes, places, codec, window if prefetched else 0, window)
-    terms = load.terms(rates, window)
+    load = _load(sizes, places, codec, window if prefetched else 0, window, piece)
+    terms, knots = load.terms(rates, window), load.knots(rates)
     wait, tail = _head(sizes[0], places[0], codec, rates, prefetched), load.tail(rates)
-    knots = load.knots(rates)
+    if knots[-1][0] > max(*terms.values(), load.link(rates)) * (1 + SHARED):
+        terms["dram"] = knots[-1][0]
     update = max(knots[-1][0], terms["window"], wait + terms["gpu"]) + tail
     terms["gpu"] += forward_seconds
     after = max(seconds + (1 - done) * terms["gpu"] for seconds, done in knots)
@@ -109,16 +122,20 @@ class _Load:
 
     stream: float
     """Bytes to the device that a window waits for."""
-    back: float
+    stored: float
     """Bytes whose buffer somebody waits for."""
     cores: int
     """Parameters on the CPU."""
+    first: int
+    """Those of the first subgroup there."""
     device: int
     """Parameters updated on the device, streamed and resident."""
     flown: int
     """Those of them that are streamed."""
     mean: float
     """Parameters of a subgroup."""
+    last: int
+    """Parameters of the stream's last piece."""
     kept: float
     """The share of subgroups that are resident."""
     codec: Codec
@@ -128,6 +145,11 @@ class _Load:
         """Bytes to the device: of streams, and weights from the CPU."""
         return self.stream + self.cores * self.codec.weight
 
+    @property
+    def back(self) -> float:
+        """Bytes from the device: of streams, and gradients for the CPU."""
+        return self.stored + self.cores * self.codec.gradient
+
     def link(self, rates: Rates) -> float:
         """Seconds of both directions together, all else idle."""
         both, alone = min(self.down, self.back), rates.h2d if self.down > self.back else rates.d2h
@@ -136,49 +158,61 @@ class _Load:
     def terms(self, rates: Rates, window: int) -> dict[str, float]:
         """Seconds of each lane, were all others idle."""
         both = window > 1
-        touched = self.down + self.back + self.cores * self.codec.touched
-        ways = self.stream / (rates.duplex if both else rates.h2d) + self.back / (rates.duplex if both else rates.d2h)
+        ways = self.stream / (rates.duplex if both else rates.h2d) + self.stored / (rates.duplex if both else rates.d2h)
         cpu = self.cores / rates.cpu if self.cores else 0.0
         return {
             "cpu": cpu,
             "h2d": self.down / rates.h2d,
             "d2h": self.back / rates.d2h,
-            "dram": touched * rates.ranks / rates.dram,
             "window": (ways + self.flown / rates.gpu) / window,
             "gpu": self.device / rates.gpu + (cpu if rates.alone else 0.0),
         }
 
     def knots(self, rates: Rates) -> tuple[tuple[float, float], ...]:
         """Seconds until link or cores are done, whichever is first, and the share of all layers whose weights are
-        updated by then; and the end of both. Beside each other they share the host's memory."""
-        link, copied = self.link(rates), self.down + self.back
-        lone, _ = rates.beside(copied / link, 0.0) if link else (1.0, 0.0)
+        updated by then; and the end of both. Beside each other both are slower.
+
+        Cores wait for their first gradients, and never run ahead of the link where it brings those of every layer.
+        """
+        link = self.link(rates)
         if not self.cores:
-            return ((0.0, self.kept), (link / lone, 1.0))
-        slow, cores = rates.beside(copied / link if link else 0.0, self.codec.touched)
-        _, free = rates.beside(0.0, self.codec.touched)
-        seconds = min(link / slow, self.cores / cores)
-        moved, updated = seconds * slow / link if link else 1.0, seconds * cores / self.cores
-        end = seconds + max((1 - moved) * link / lone, (1 - updated) * self.cores / free)
-        return ((0.0, self.kept), (seconds, self.kept + (1 - self.kept) * min(moved, updated)), (end, 1.0))
+            return ((0.0, self.kept), (link, 1.0))
+        lead = min(self.first * self.codec.gradient / rates.d2h, link)
+        slow, cores = rates.beside((self.down + self.back) / link if link else 0.0)
+        shared = min((link - lead) / slow, self.cores / cores if cores else math.inf)
+        moved, updated = (lead + shared * slow) / link if link else 1.0, shared * cores / self.cores
+        end = lead + shared + max((1 - moved) * link, (1 - updated) * self.cores / rates.cpu)
+        if self.codec.gradient and updated > moved:
+            return ((0.0, self.kept), (end, 1.0))
+        return ((0.0, self.kept), (lead + shared, self.kept + (1 - self.kept) * min(moved, updated)), (end, 1.0))
 
     def tail(self, rates: Rates) -> float:
         """Of the last subgroup: its update after its copy, or the copy of its weights after its update."""
         after = self.codec.weight * self.mean / rates.h2d if self.cores else 0.0
-        return max(after, self.mean / rates.gpu if self.flown else 0.0)
+        return max(after, self.last / rates.gpu)
 
 
-def _load(sizes: Sequence[int], places: Sequence[Place], codec: Codec, ahead: int, window: int) -> _Load:
-    """ahead: streamed subgroups that are on the device when the step begins."""
+def _load(sizes: Sequence[int], places: Sequence[Place], codec: Codec, ahead: int, window: int, piece: float) -> _Load:
+    """ahead: streamed pieces that are on the device when the step begins."""
     resident, flown, cores = parameters(sizes, places)
-    streamed = list(compress(sizes, (place == "streamed" for place in places)))
-    stream, back = flown - sum(streamed[:ahead]), sum(streamed[:-window])
-    mean, kept = sum(sizes) / len(sizes), sum(place == "resident" for place in places) / len(places)
-    return _Load(codec.down * stream, codec.up * back, cores, resident + flown, flown, mean, kept, codec)
+    cut = pieces(compress(sizes, (place == "streamed" for place in places)), piece / max(codec.down, codec.up))
+    streamed, first = list(cut), next(compress(sizes, (place == "cpu" for place in places)), 0)
+    return _Load(
+        stream=codec.down * (flown - sum(streamed[:ahead])),
+        stored=codec.up * sum(streamed[:-window]),
+        cores=cores,
+        first=first,
+        device=resident + flown,
+        flown=flown,
+        mean=sum(sizes) / len(sizes),
+        last=streamed[-1] if streamed else 0,
+        kept=sum(place == "resident" for place in places) / len(places),
+        codec=codec,
+    )
 
 
 def _head(size: int, place: Place, codec: Codec, rates: Rates, prefetched: bool) -> float:
     """Before the first layer's update on the device, or until its weights come from the CPU."""
     if place == "cpu":
-        return size / rates.cpu + size * codec.weight / rates.h2d
+        return size * codec.gradient / rates.d2h + size / rates.cpu + size * codec.weight / rates.h2d
     return size * codec.down / rates.h2d if place == "streamed" and not prefetched else 0.0

@@ -177,7 +177,7 @@ def split(
     prefetched: bool = True,
 ) -> Split:
     """Given places with what they will cost."""
-    told = predict(sizes, places, codec, rates, forward_seconds, window=window, prefetched=prefetched)
+    told = predict(sizes, places, codec, rates, forward_seconds, window=window, prefetched=prefetched, piece=PIECE)
     return Split(tuple(places), parameters(sizes, places), told)
 
 

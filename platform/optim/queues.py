@@ -9,7 +9,8 @@ from weakref import finalize
 import torch
 from torch import Tensor
 
-Queue = Literal["in", "update", "out", "send"]
+Queue = Literal["in", "update", "out", "take", "send"]
+"""State comes in, is updated, goes out; gradients come to the CPU, and weights are sent from it."""
 
 Mark = Any
 """A point in a queue that other work can wait for; None: it is reached."""

@@ -70,8 +70,9 @@ def simulate(
 ) -> Timeline:
     """Plays one step.
 
-    sizes: parameters of subgroups in forward order. window: device buffers of the stream. prefetched: the stream's
-    first window is on the device already. ValueError: a lane that has work has no speed.
+    sizes: parameters of subgroups in forward order; a streamed one fits a buffer: `cost.pieces`. window: device buffers
+    of the stream. prefetched: the stream's first window is on the device already. ValueError: a lane that has work has
+    no speed.
     """
     player = _Player(sizes, places, codec, rates, layers, window, prefetched)
     player.play()
@@ -119,7 +120,7 @@ class _Player:
         """Heaps: what comes first is False."""
         self.free = window
         """Buffers that hold nothing."""
-        first: dict[Place, Kind] = {"resident": "gpu", "streamed": "h2d", "cpu": "cpu"}
+        first: dict[Place, Kind] = {"resident": "gpu", "streamed": "h2d", "cpu": "d2h"}
         for what, place in enumerate(places):
             here = place == "streamed" and prefetched and self.free > 0
             self.free -= here
@@ -160,14 +161,15 @@ class _Player:
         """Parameters, bytes, or seconds."""
         if lane == "forward":
             return self.layers[what].seconds
-        down = self.codec.weight if self.places[what] == "cpu" else self.codec.down
-        return self.sizes[what] * {"h2d": down, "d2h": self.codec.up}.get(lane, 1.0)
+        streamed, codec = self.places[what] == "streamed", self.codec
+        down, up = (codec.down, codec.up) if streamed else (codec.weight, codec.gradient)
+        return self.sizes[what] * {"h2d": down, "d2h": up}.get(lane, 1.0)
 
     def _advance(self) -> None:
         """To the end of what ends first."""
         shared: list[Lane] = [lane for lane in self.busy if lane != "gpu" and lane != "forward"]
         speeds: dict[Kind, float] = {"gpu": self.rates.gpu, "forward": 1.0}
-        speeds.update(dict(self.rates.speeds(shared, self.codec.touched).items()))
+        speeds.update(dict(self.rates.speeds(shared).items()))
         above: Sequence[Kind] = ("gpu", "cpu", "forward") if self.rates.alone else ("gpu", "forward")
         running = [lane for lane in above if lane in self.busy]
         speeds.update(dict.fromkeys(running[1:], 0.0))
@@ -189,6 +191,8 @@ class _Player:
             self._wait("gpu", what)
         elif lane == "cpu":
             self._wait("h2d", what)
+        elif lane == "d2h" and self.places[what] == "cpu":
+            self._wait("cpu", what)
         elif lane == "d2h":
             self.free += 1
         elif lane != "forward":

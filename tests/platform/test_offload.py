@@ -249,17 +249,19 @@ def test_a_weight_without_gradient_is_named() -> None:
         optimizer.update(1e-2, torch.tensor(1.0))
 
 
-def test_the_weights_of_the_cpu_do_not_queue_behind_the_stream() -> None:
-    """The first layer's are there when nothing else has come in: its forward need not wait for the others' state."""
+@pytest.mark.parametrize(("unit", "name"), [(0, "embed"), (2, "b")])
+def test_what_the_cpu_updates_does_not_queue_behind_the_stream(unit: int, name: str) -> None:
+    """A layer's gradients come and its weights go when nothing else has come in or gone out: neither the CPU nor that
+    layer's forward waits for the others' state."""
     weights = weights_of(torch.bfloat16)
     queues = Late(3)
     optimizer = offloaded(HALVES, weights, ("cpu", "streamed", "cpu", "streamed", "streamed"), queues)
     give_gradients(weights, 1)
     optimizer.update(1e-2, torch.tensor(1.0))
-    queues.only = {"out", "send", "model"}
-    before = weights["embed"].detach().clone()
-    optimizer.ready(0)
-    assert not torch.equal(before, weights["embed"])
+    queues.only = {"take", "send", "model"}
+    before = weights[name].detach().clone()
+    optimizer.ready(unit)
+    assert not torch.equal(before, weights[name])
 
 
 def test_chance_begins_at_a_beta_of_099() -> None:
@@ -272,7 +274,8 @@ def test_the_split_follows_what_is_asked_for() -> None:
     names = [[f"w{i}"] for i in range(12)]
     weights = {name: nn.Parameter(torch.zeros(64, 64, dtype=torch.bfloat16)) for [name] in names}
     known = {name: Role("matrix") for name in weights}
-    rates = Rates(h2d=50e9, d2h=50e9, duplex=48e9, cpu=1.7e9, gpu=200e9, dram=300e9)
+    both = {"cpu_beside": 1.7e9, "duplex_beside": 48e9}
+    rates = Rates(h2d=50e9, d2h=50e9, duplex=48e9, cpu=1.7e9, gpu=200e9, **both)
     eight, halves = (units_of(config, weights, known, 7, names) for config in (EIGHT, HALVES))
     layer = eight[0].layout.size * 1e-9
     assert split_for(Streamed(), eight, rates).code == "s" * 12
