@@ -116,7 +116,9 @@ class Recorder:
             line = {"step": entry.step, "loss": loss, "grad_norm": norm, "rate": entry.rate, "tokens": entry.total}
             waited = {} if entry.waits is None else {"exchange_seconds": entry.waits.seconds()}
             speed = {"tokens_per_second": entry.tokens / seconds, "step_seconds": seconds, "mfu": used}
-            lines.append({**line, **speed, "memory_gb": self._memory(), **dict(zip(entry.more, more, strict=True)), **waited})
+            lines.append(
+                {**line, **speed, "memory_gb": self._memory(), **dict(zip(entry.more, more, strict=True)), **waited}
+            )
         self.loads = None
         if self._loads:
             shares = torch.cat([load / load.mean().clamp(min=1e-30) for load in self._loads]).float().cpu()

@@ -8,4 +8,15 @@ from farspan.parallel.expert.travel import AllGather, AllToAll
 
 Dispatch = Annotated[Auto | AllToAll | AllGather | WeightGather, "choice"]
 
-__all__ = ["AllGather", "AllToAll", "Auto", "Axes", "Beside", "Dispatch", "Dispatcher", "Local", "Waits", "WeightGather"]
+__all__ = [
+    "AllGather",
+    "AllToAll",
+    "Auto",
+    "Axes",
+    "Beside",
+    "Dispatch",
+    "Dispatcher",
+    "Local",
+    "Waits",
+    "WeightGather",
+]
