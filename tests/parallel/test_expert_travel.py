@@ -1,6 +1,7 @@
 """Exchanges of tokens are under way while a rank works, in both directions, and padded ones never depend on counts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -42,76 +43,88 @@ def given(seed: int = 0) -> list[Tensor]:
     return [draw(TOKENS, WIDTH), chosen, draw(TOKENS, ACTIVE), *weights]
 
 
-def noted(kind: dict[str, Any], most: int | None) -> tuple[list[str], list[list[int]], list[Tensor], float]:
-    """Departures, arrivals and work beside in their order; sizes of what departs; results and gradients; waits."""
+def noted(kinds: list[tuple[dict[str, Any], int | None]]) -> list[Any]:
+    """For each: departures, arrivals and work beside in their order; sizes of what departs; result and gradients;
+    seconds waited."""
     torch.set_default_dtype(torch.float64)
-    log: list[str] = []
-    sizes: list[list[int]] = []
-    group = Group(dist.group.WORLD)
-    dispatcher = (AllGather() if kind.pop("gathered", False) else AllToAll(**kind)).build(Axes(ep=group))
-    dispatcher.expect(TOKENS)
-    wait = dispatcher.clock.wait  # type: ignore[attr-defined]
+    group, results = Group(dist.group.WORLD), []
+    tokens, wanted, probability = given(group.rank)[:3]
+    count = EXPERTS // group.size
+    mine = [given()[i][group.rank * count : (group.rank + 1) * count] for i in (3, 4)]
+    for kind, most in kinds:
+        log: list[str] = []
+        sizes: list[int] = []
+        chosen = wanted if most is None else first_visits(wanted, most)
+        gathers = kind == {"gathered": True}
+        dispatcher = (AllGather() if gathers else AllToAll(**kind)).build(Axes(ep=group))
+        dispatcher.expect(TOKENS)
+        leaves = [x.clone().requires_grad_() for x in (tokens, probability, *mine)]
+        beside = partial(_Noted.apply, leaves[0], log)
+        with logged(dispatcher, log, sizes):
+            out = dispatcher.run(leaves[0], chosen, *leaves[1:], beside=beside, most=most)
+            log.append("back")
+            found = [out.detach(), *torch.autograd.grad(out, leaves, given(7)[0])]
+        waits = dispatcher.waited()
+        assert waits is not None and dispatcher.waited().seconds() == 0  # type: ignore[union-attr]
+        results.append((" ".join(log), sizes, found, waits.seconds()))
+    return results
 
-    def arrived(pending: Tensor) -> Tensor:
-        if pending.is_floating_point():
-            log.append("arrive")
-        return wait(pending)
 
-    def departing(name: str) -> None:
-        start = getattr(travel, name)
+def first_visits(chosen: Tensor, most: int) -> Tensor:
+    """Those of the first `most` tokens that chose an expert; -1 in place of others."""
+    kept = chosen.clone()
+    for expert in range(EXPERTS):
+        rows, columns = (chosen == expert).nonzero(as_tuple=True)
+        kept[rows[most:], columns[most:]] = -1
+    return kept
 
-        def depart(x: Tensor, **rest: Any) -> Tensor:
+
+@contextmanager
+def logged(dispatcher: Any, log: list[str], sizes: list[int]) -> Iterator[None]:
+    """Notes what departs and arrives, counts and choices left out."""
+    with pytest.MonkeyPatch.context() as patch:
+        wait = dispatcher.clock.wait
+
+        def arrive(pending: Tensor) -> Tensor:
+            log.extend(["arrive"] * pending.is_floating_point())
+            return wait(pending)
+
+        def depart(x: Tensor, start: Callable[..., Tensor], **rest: Any) -> Tensor:
             if x.is_floating_point():
                 log.append("depart")
-                sizes.append(list(x.shape))
+                sizes.append(len(x))
             return start(x, **rest)
 
-        setattr(travel, name, depart)
-
-    dispatcher.clock.wait = arrived  # type: ignore[attr-defined]
-    for name in ("_exchange", "_gather", "_sum"):
-        departing(name)
-    tokens, chosen, probability, w13, w2 = given(group.rank)
-    count = EXPERTS // group.size
-    mine = slice(group.rank * count, (group.rank + 1) * count)
-    w13, w2 = given()[3][mine], given()[4][mine]
-    leaves = [x.clone().requires_grad_() for x in (tokens, probability, w13, w2)]
-    out = dispatcher.run(leaves[0], chosen, *leaves[1:], beside=lambda: _Noted.apply(leaves[0], log), most=most)
-    log.append("back")
-    found = [out.detach(), *torch.autograd.grad(out, leaves, given(7)[0])]
-    waited = dispatcher.waited()
-    assert waited is not None
-    return log, sizes, found, waited.seconds()
+        patch.setattr(dispatcher.clock, "wait", arrive)
+        for name in ("_exchange", "_gather", "_sum"):
+            patch.setattr(travel, name, partial(depart, start=getattr(travel, name)))
+        yield
 
 
-@pytest.mark.parametrize("kind", [{}, {"gathered": True}, {"padded": True}], ids=["sent", "gathered", "padded"])
-def test_a_rank_works_while_tokens_travel(ranks: Any, kind: dict[str, Any]) -> None:
-    """Tokens and their probabilities depart, then comes what is beside, and only then somebody waits."""
-    for log, _, _, waited in ranks(2, noted, kind=kind, most=None):
-        there, back = "depart depart beside arrive arrive", "depart arrive"
-        assert " ".join(log) == f"{there} {back} back {back} {there}"
-        assert waited > 0
+KINDS: list[tuple[dict[str, Any], int | None]] = [
+    ({}, None), ({"gathered": True}, None), ({"padded": True}, None), ({"chunks": 2}, None),
+    ({}, 3), ({"padded": True}, 3), ({"chunks": 2, "padded": True}, 3),
+]  # fmt: skip
 
 
-def test_a_chunk_travels_while_another_is_with_its_experts(ranks: Any) -> None:
-    for log, _, found, _ in ranks(2, noted, kind={"chunks": 2}, most=None):
-        forward = "depart depart depart depart beside arrive arrive depart arrive arrive depart arrive arrive"
-        backward = "depart depart arrive depart depart arrive depart depart beside arrive arrive arrive arrive"
-        assert " ".join(log) == f"{forward} back {backward}"
-        for ours, whole in zip(found, ranks(2, noted, kind={}, most=None)[0][2], strict=True):
-            assert ours.shape == whole.shape
-
-
-def test_padded_exchanges_have_room_for_what_may_come_and_no_more(ranks: Any) -> None:
-    """Without a limit all tokens may go to a rank; with one, an expert's most times the rank's experts."""
-    plain = ranks(2, noted, kind={}, most=None)
-    for most, room in ((None, TOKENS), (TOKENS, TOKENS), (TOKENS - 1, TOKENS)):
-        for (_, sizes, found, _), (_, _, wanted, _) in zip(
-            ranks(2, noted, kind={"padded": True}, most=most), plain, strict=True
-        ):
-            assert {size[0] for size in sizes} == {2 * room}
-            for ours, theirs in zip(found, wanted, strict=True):
-                torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+def test_tokens_travel_while_a_rank_works(ranks: Any) -> None:
+    """Tokens and their probabilities depart, then comes what is beside, and only then somebody waits; of two chunks one
+    is under way while the other is with its experts. Backward likewise. Room is for all, or for what may come."""
+    there, back = "depart depart beside arrive arrive", "depart arrive"
+    whole = f"{there} {back} back {back} {there}"
+    forward = "depart depart depart depart beside arrive arrive depart arrive arrive depart arrive arrive"
+    backward = "depart depart arrive depart depart arrive depart depart beside arrive arrive arrive arrive"
+    halves = f"{forward} back {backward}"
+    for of_rank in ranks(2, noted, kinds=KINDS):
+        plain = {most: found for (kind, most), (_, _, found, _) in zip(KINDS, of_rank, strict=True) if not kind}
+        for (kind, most), (log, sizes, found, waited) in zip(KINDS, of_rank, strict=True):
+            assert log == (halves if "chunks" in kind else whole) and waited > 0, kind
+            if "padded" in kind:
+                assert set(sizes) == {2 * (TOKENS if most is None else 2 * most)}, kind
+            if "gathered" not in kind:
+                for ours, theirs in zip(found, plain[most], strict=True):
+                    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12, msg=str(kind))
+    assert not any(torch.equal(a, b) for a, b in zip(plain[None], plain[3], strict=True))
 
 
 def test_chunks_are_at_least_one() -> None:
