@@ -1,8 +1,8 @@
 """Training Qwen3-30B-A3B's layers, as many as fit: what one more block costs, and how near the card's peak that is.
 
-Two depths are trained through `launch`; their difference is the blocks', without embedding, head and data. `balanced`
-sends every expert the same number of tokens, the others where their routers say. On two GPUs experts are dealt out
-(`ep 2`), by each way of dispatch, or sharded like all weights.
+Two depths are trained through `launch`; their difference is the blocks', without embedding, head and data. Nothing is
+recomputed. `balanced` sends every expert the same number of tokens, the others where their routers say. On two GPUs
+experts are dealt out (`ep 2`), by each way of dispatch, or sharded like all weights.
 """
 
 import argparse
@@ -35,16 +35,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gpus", type=int, choices=(1, 2), default=1)
     parser.add_argument("--only", nargs="*", help="names of settings")
-    parser.add_argument("--depths", type=int, nargs=2, default=(4, 8))
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--rows", type=int, default=4, help="of 4096 tokens, of each GPU at once")
+    parser.add_argument("--depths", type=int, nargs=2, default=(2, 4))
+    parser.add_argument("--steps", type=int, default=9)
+    parser.add_argument("--rows", type=int, default=8, help="of 4096 tokens, of each GPU at once")
     parser.add_argument("overrides", nargs="*", help="of configs/qwen3_30b_a3b.yaml")
     parsed = parser.parse_args()
     settings = {1: ONE, 2: TWO}[parsed.gpus]
     rows: list[dict[str, Any]] = []
     for name in parsed.only or settings:
         same = [f"launch.ranks={parsed.gpus}", f"train.batch={parsed.rows * parsed.gpus}", "parallel.ep=1"]
-        same += [f"train.micro_batch={parsed.rows}", *settings[name], *parsed.overrides]
+        same += [f"train.micro_batch={parsed.rows}", "train.recompute=none", *settings[name], *parsed.overrides]
         row: dict[str, Any] = {"setting": name, "GPUs": parsed.gpus}
         try:
             row |= block(name, parsed.depths, parsed.steps, same, parsed.rows * 4096)

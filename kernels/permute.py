@@ -321,7 +321,9 @@ def _launch(kernel: Any, out: Tensor, x: Tensor, places: Tensor, ends: Tensor, r
 
 def _run_spread(x: Tensor, places: Tensor, ends: Tensor, room: int) -> Tensor:
     if not triton_runs(x):
-        return permute_ref(x, Order(places.flatten().argsort()[:room], places, ends))
+        visits = x.unsqueeze(1).expand(-1, places.shape[1], -1).flatten(0, 1)
+        at = torch.where(places < ends[-1], places, room).flatten().clamp(max=room).long()  # from room on is nothing
+        return x.new_zeros(room + 1, x.shape[1]).index_copy_(0, at, visits)[:-1]
     out = _like_spread(x, places, ends, room)
     _launch(_spread, out, x, places, ends, room)
     return out

@@ -15,11 +15,11 @@ from farspan.kernels.random import Normal
 from farspan.parallel import fsdp, recompute, tensor
 from farspan.parallel.context import Runtime
 from farspan.parallel.context.shard import Batch
-from farspan.parallel.expert import Dispatcher
+from farspan.parallel.expert import Dispatcher, Waits
 from farspan.parallel.fsdp import local
 from farspan.parallel.lane import lane_to
 from farspan.parallel.mesh import Gather, Mesh
-from farspan.parallel.placement import Folded, Pieces
+from farspan.parallel.placement import Folded, Pieces, along
 from farspan.parallel.stash import Stash
 from farspan.parallel.sums import Now, Sums
 
@@ -91,7 +91,9 @@ class Engine:
         folded = [(layer, unit) for layer in layers for unit in tensor.experts(layer)] if sizes.folded else []
         in_layers = {id(unit) for _, unit in folded}
         folded += [(model, unit) for unit in tensor.experts(model) if sizes.folded and id(unit) not in in_layers]
-        fsdp.shard(model, layers, folded, mesh, compute, gather)
+        between = sizes.expert_shard if sizes.folded else sizes.shard
+        dealt = {id(w): along(tuple(w.shape), between) for unit in tensor.experts(model) for w in unit.parameters()}
+        fsdp.shard(model, layers, folded, mesh, compute, gather, dealt)
         model.to_empty(device=mesh.device)
         self._dispatcher = dispatcher
         self._gradients = None if held is None or held.gradients == held.weights else held.gradients
@@ -124,6 +126,8 @@ class Engine:
         self.wishes: list[Tensor] = []
         """What routers would keep of these tokens, layer by layer; see `farspan.parallel.sums.Sums`."""
         self.told = torch.zeros(3, device=mesh.device)
+        self.waits: Waits | None = None
+        """How long this rank waited for exchanges of tokens in the last step; None where there are none."""
         self._seed, self._routes = seed, bool(getattr(model, "routes", False))
         fsdp.fill(self.weights, starts, seed)
         fsdp.fill(self.buffers, starts, seed)
@@ -136,6 +140,7 @@ class Engine:
         """
         total = torch.zeros((), device=self.mesh.device)
         routed: list[Sums] = []
+        self._waited()  # what was evaluated is in no step
         row = 0 if not self._routes else self.mesh.index("dp") * sum(len(batch.tokens) for batch in batches)
         for i, batch in enumerate(batches):
             last = self._last = i == len(batches) - 1
@@ -159,7 +164,11 @@ class Engine:
         if routed:
             self._add_up(routed)
         self._parts.finish()
+        self.waits = self._waited()
         return total
+
+    def _waited(self) -> Waits | None:
+        return None if self._dispatcher is None else self._dispatcher.waited()
 
     def _add_up(self, routed: Sequence[Sums]) -> None:
         """What routers said of the step's micro-batches, over all ranks: every one of them has other tokens."""
@@ -319,10 +328,11 @@ class Parts:
         pieces, shape = self._pieces[name], self._shapes[name]
         cut: tuple[Shard | Replicate, ...]
         if isinstance(pieces, Folded):
-            mesh, cut = self._mesh.experts, (Shard(0), Shard(pieces.channels))
+            last = Shard(along(pieces.shape(shape), self._mesh.sizes.expert_shard))
+            mesh, cut = self._mesh.experts, (Shard(0), Shard(pieces.channels), last)
         else:
-            mesh, cut = self._mesh.pieces(pieces.copies), (Shard(pieces.dim), Replicate())
-        placements = (Replicate(), Replicate(), *cut, Shard(0))  # one for each axis of EXPERTS or PIECES
+            mesh, cut = self._mesh.pieces(pieces.copies), (Shard(pieces.dim), Replicate(), Shard(0))
+        placements = (Replicate(), Replicate(), *cut)  # one for each axis of EXPERTS or PIECES
         strides = tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
         return DTensor.from_local(
             local(tensor).detach(), mesh, placements, run_check=False, shape=torch.Size(shape), stride=strides

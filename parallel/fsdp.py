@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from farspan.kernels.random import Normal, key
+from farspan.parallel import alone
 from farspan.parallel.mesh import Gather, Mesh
 
 
@@ -21,11 +22,13 @@ def shard(
     mesh: Mesh,
     compute: torch.dtype | None,
     gather: Gather,
+    along: Mapping[int, int],
 ) -> None:
     """Cuts `model` over the mesh in place; `compute` is the type of products, None for the weights' own.
 
     experts: layers, and modules in them whose weights lie by the expert view of the mesh: units of their own, which
-    are gathered when their layer is.
+    are gathered when their layer is. along: by the id of a weight the dimension that is cut, where that is not the
+    first.
 
     Gradients are plain sums over ranks, in fp32 where products are not fp64: the loss is divided by the global count of
     labels beforehand, so no other factor exists anywhere.
@@ -33,18 +36,20 @@ def shard(
     policy = MixedPrecisionPolicy(
         param_dtype=compute, reduce_dtype=None if compute is None else torch.float32, cast_forward_inputs=False
     )
-    frees = gather == "layer"
+    how: dict[str, Any] = {"mp_policy": policy, "reshard_after_forward": gather == "layer"}
+    how["shard_placement_fn"] = lambda weight: Shard(along.get(id(weight), 0))
     for layer, unit in experts:
-        fully_shard(unit, mesh=mesh.expert_weights, mp_policy=policy, reshard_after_forward=frees)
-        _along(layer, unit)
+        fully_shard(unit, mesh=mesh.expert_weights, **how)
+        _with(layer, unit)
     for unit in [*layers, model]:
-        fully_shard(unit, mesh=mesh.weights, mp_policy=policy, reshard_after_forward=frees)
+        fully_shard(unit, mesh=mesh.weights, **how)
     for shards in units(model):
         shards.set_gradient_divide_factor(1.0)
         shards.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+        alone.ease(shards)
 
 
-def _along(layer: nn.Module, unit: nn.Module) -> None:
+def _with(layer: nn.Module, unit: nn.Module) -> None:
     """Moves a unit's hooks to the layer that it is in: what is recomputed or compiled there has no gathers in it."""
     state: Any = unit._get_fsdp_state()  # type: ignore[operator]
     state._pre_forward_hook_handle.remove()

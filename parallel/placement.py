@@ -67,6 +67,13 @@ def folded(placement: Expert, shape: tuple[int, ...], ep: int, etp: int) -> Fold
     return Folded(ep, etp, placement.channels)
 
 
+def along(shape: tuple[int, ...], ranks: int) -> int:
+    """The dimension along which FSDP deals a rank's stack of experts, E … out in, out to `ranks`: that of experts, or
+    where these do not go round that of their matrices' rows, so that no rank is left without."""
+    rows = len(shape) - 2
+    return rows if shape[0] % ranks and shape[rows] % ranks == 0 else 0
+
+
 def pieces(placement: Column | Row | None, shape: tuple[int, ...], tp: int) -> Pieces:
     """Where `placement` puts a weight of `shape` on `tp` ranks; ValueError when it cannot be cut so."""
     if placement is None:

@@ -9,8 +9,9 @@ from torch import Tensor
 from farspan.models.decoder import DecoderModel
 from farspan.models.roles import roles
 from farspan.parallel import recompute, tensor
-from farspan.parallel.expert import AllGather, Local
+from farspan.parallel.expert import AllGather, Beside, Local
 from farspan.parallel.mesh import Sizes, Zero
+from farspan.parallel.placement import along
 from farspan.parallel.stash import LAST, LEAST
 from farspan.platform.config import kind
 from farspan.platform.job import Job
@@ -28,7 +29,7 @@ class Memory:
     """Beside the activations: of a single micro-batch they come as those go."""
     optimizer: int
     gathered: int
-    """The whole weights of the units that live at once: embedding, head and two layers, or all."""
+    """The weights of products of the units that live at once: embedding, head and two layers, or all."""
     activations: int
     """What lives until the backward of one micro-batch, traced on the meta device."""
     logits: int
@@ -115,9 +116,20 @@ class _Gathering(Local):
         super().__init__()
         self.ranks = ranks
 
-    def run(self, tokens: Tensor, chosen: Tensor, probability: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
+    def run(
+        self,
+        tokens: Tensor,
+        chosen: Tensor,
+        probability: Tensor,
+        w13: Tensor,
+        w2: Tensor,
+        *,
+        beside: Beside | None = None,
+        most: int | None = None,
+    ) -> Tensor:
         theirs, wishes, share = (x.repeat(self.ranks, 1) for x in (tokens, chosen, probability))
-        return super().run(theirs, wishes, share, w13, w2)[: len(tokens)]
+        found = super().run(theirs, wishes, share, w13, w2)[: len(tokens)]
+        return found if beside is None else found + beside()
 
 
 def _at_once(memory: Memory, micro_batches: int) -> Memory:
@@ -137,34 +149,46 @@ def _memory(job: Job, model: DecoderModel, sizes: Sizes, cut: tuple[int, int], c
 
     cut: rows of a micro-batch on one rank, and their length; under cp its tokens are one row.
     """
-    weights = sum(weight.numel() for weight in model.parameters())
-    layers = [sum(weight.numel() for weight in layer.parameters()) for layer in model.layers]
-    root, part = weights - sum(layers), sum(_most(weight, ranks) for _, weight, ranks in _shared(model, sizes))
+    part = sum(_most(weight, ranks, dim) for _, weight, ranks, dim in _shared(model, sizes))
     head = model.embed.weight
     held = held_types(job, sizes.dp, compute)
+    gathered = _gathered(model, sizes, job.gathering(sizes) == "step", held.weights == compute)
     activations, host = _activations(job, model.to(compute), *cut)
     chunk = min(1 << 27, cut[0] * cut[1] * head.shape[0])
     return Memory(
         weights=held.weights.itemsize * part,
         gradients=held.gradients.itemsize * part,
         optimizer=0,
-        gathered=(weights if job.gathering(sizes) == "step" else root + 2 * max(layers)) * compute.itemsize,
+        gathered=gathered * compute.itemsize,
         activations=activations,
         logits=chunk * (4 + 4 + compute.itemsize) + 4 * head.numel(),
         host=host,
     )
 
 
-def _shared(model: DecoderModel, sizes: Sizes) -> Iterator[tuple[str, torch.nn.Parameter, int]]:
-    """(name, weight, between how many ranks it is sharded) of all weights of a cut model."""
-    folded = {id(weight) for experts in tensor.experts(model) for weight in experts.parameters()}
+def _gathered(model: DecoderModel, sizes: Sizes, all_stay: bool, alike: bool) -> int:
+    """Numbers of the weights that are made for products and live at once: of all layers, or of two.
+
+    alike: weights are held in the type of products, so that a rank that shares one with nobody needs no other.
+    """
+    made = {
+        id(w): 0 if alike and ranks * sizes.replicate == 1 else w.numel() for _, w, ranks, _ in _shared(model, sizes)
+    }
+    layers = [sum(made[id(weight)] for weight in layer.parameters()) for layer in model.layers]
+    return sum(made.values()) if all_stay else sum(made.values()) - sum(layers) + 2 * max(layers)
+
+
+def _shared(model: DecoderModel, sizes: Sizes) -> Iterator[tuple[str, torch.nn.Parameter, int, int]]:
+    """(name, weight, between how many ranks it is sharded, along which dimension) of all weights of a cut model."""
+    dealt = {id(weight) for experts in tensor.experts(model) for weight in experts.parameters()}
     for name, weight in model.named_parameters():
-        yield name, weight, sizes.expert_shard if sizes.folded and id(weight) in folded else sizes.shard
+        ranks = sizes.expert_shard if sizes.folded and id(weight) in dealt else sizes.shard
+        yield name, weight, ranks, along(tuple(weight.shape), ranks) if id(weight) in dealt else 0
 
 
-def _most(weight: torch.Tensor, ranks: int) -> int:
-    """Numbers of the rank that holds most: what is cut along the first axis is not always even."""
-    rows = weight.shape[0]
+def _most(weight: torch.Tensor, ranks: int, dim: int) -> int:
+    """Numbers of the rank that holds most: what is cut is not always even."""
+    rows = weight.shape[dim]
     return weight.numel() // rows * -(-rows // ranks)
 
 
@@ -172,10 +196,10 @@ def _states(job: Job, whole: DecoderModel, held: DecoderModel, sizes: Sizes) -> 
     """Bytes of one rank's optimizer state: of what is in no layer, and of each layer."""
     known, wholes = roles(whole), dict(whole.named_parameters())
     found = [0] * (1 + len(whole.layers))
-    for name, piece, ranks in _shared(held, sizes):
+    for name, piece, ranks, dim in _shared(held, sizes):
         _, _, rest = name.partition("layers.")
         state = job.optim.state_bytes(tuple(wholes[name].shape), known[name])
-        found[1 + int(rest.partition(".")[0]) if rest else 0] += state * _most(piece, ranks) // wholes[name].numel()
+        found[1 + int(rest.partition(".")[0]) if rest else 0] += state * _most(piece, ranks, dim) // wholes[name].numel()
     return found
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from farspan.models.ffns.router import evenness
 from farspan.parallel.engine import Engine
+from farspan.parallel.expert import Waits
 from farspan.platform.loads import Loads
 from farspan.platform.metrics import Line
 
@@ -52,6 +53,7 @@ class _Step:
     more: tuple[str, ...]
     """Names of other numbers of the step."""
     end: "float | torch.cuda.Event"
+    waits: Waits | None
 
 
 class Recorder:
@@ -81,13 +83,14 @@ class Recorder:
         flops: float,
         more: Mapping[str, Tensor],
         loads: Sequence[Tensor] = (),
+        waits: Waits | None = None,
     ) -> None:
         """Remembers one step; nothing waits for the device. more: device scalars that its line shows as well; loads: of
-        each layer with experts, E."""
+        each layer with experts, E; waits: for exchanges of tokens."""
         values = torch.stack([value.double() for value in (loss, norm, part, *more.values())])
         self._loads = [a + b for a, b in zip(self._loads, loads, strict=True)] if self._loads else list(loads)
         numbers = {"rate": rate, "tokens": tokens, "total": total, "flops": flops}
-        self.steps.append(_Step(step=step, **numbers, values=values, more=tuple(more), end=self._now()))  # type: ignore[arg-type]
+        self.steps.append(_Step(step=step, **numbers, values=values, more=tuple(more), end=self._now(), waits=waits))  # type: ignore[arg-type]
 
     def pause(self) -> Callable[[], None]:
         """Stops the clock of the next step; the returned function starts it again."""
@@ -111,8 +114,11 @@ class Recorder:
             self.parts.append((entry.step, part))
             used = None if self.peak_flops is None else 3 * entry.flops / seconds / self.peak_flops
             line = {"step": entry.step, "loss": loss, "grad_norm": norm, "rate": entry.rate, "tokens": entry.total}
+            waited = {} if entry.waits is None else {"exchange_seconds": entry.waits.seconds()}
             speed = {"tokens_per_second": entry.tokens / seconds, "step_seconds": seconds, "mfu": used}
-            lines.append({**line, **speed, "memory_gb": self._memory(), **dict(zip(entry.more, more, strict=True))})
+            lines.append(
+                {**line, **speed, "memory_gb": self._memory(), **dict(zip(entry.more, more, strict=True)), **waited}
+            )
         self.loads = None
         if self._loads:
             shares = torch.cat([load / load.mean().clamp(min=1e-30) for load in self._loads]).float().cpu()

@@ -181,6 +181,7 @@ class Trainer:
             self.engine.settle(scale)
         self.engine.clear()
         self.state = self.state.advance(rows=self.job.train.batch, tokens=work.tokens)
+        engine = self.engine if isinstance(self.engine, Engine) else None
         self.recorder.note(
             self.state.step,
             loss=loss,
@@ -190,8 +191,9 @@ class Trainer:
             tokens=work.tokens,
             total=self.state.tokens,
             flops=work.flops,
-            more=routed(self.engine) if isinstance(self.engine, Engine) else {},
-            loads=self.engine.loads if isinstance(self.engine, Engine) else (),
+            more={} if engine is None else routed(engine),
+            loads=() if engine is None else engine.loads,
+            waits=None if engine is None else engine.waits,
         )
 
     def _scale(self, loss: Tensor, norm: Tensor) -> Tensor:

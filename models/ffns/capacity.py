@@ -1,6 +1,7 @@
 """Experts that take so many tokens of a row and no more: who finds no room is decided alike on every mesh."""
 
 from collections.abc import Callable
+from math import ceil
 from typing import Literal
 
 import torch
@@ -12,6 +13,12 @@ Drop = Literal["last", "least"]
 GRAINS = 1 << 12
 """Probabilities that differ by less than one of so many parts are alike to `least`, and the earlier token stays: what
 is left to rounding would differ from mesh to mesh."""
+
+
+def most(whole: tuple[int, int], active: int, experts: int, factor: float) -> int:
+    """What an expert takes of a micro-batch at most, whole: its rows and their length."""
+    rows, length = whole
+    return rows * ceil(length * active * factor / experts)
 
 
 def within(

@@ -1,6 +1,7 @@
 """Experts: many feed-forward layers, of which a router gives every token to a few (Shazeer et al., 2017)."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -10,7 +11,7 @@ from farspan.kernels.random import Normal
 from farspan.kernels.route import Score, route
 from farspan.kernels.router_logits import router_logits
 from farspan.models.ffns.balance import even, quantiles, shifted
-from farspan.models.ffns.capacity import Drop, within
+from farspan.models.ffns.capacity import Drop, most, within
 from farspan.models.ffns.experts import Dealt, Experts
 from farspan.models.ffns.gated import GatedFfn, Swiglu
 from farspan.models.ffns.router import (
@@ -176,13 +177,19 @@ class MoeFfn(Routed):
         logits = self._logits(tokens, numbers, whole[1])
         probability, chosen = self._route(logits, numbers)
         wanted = chosen = without_padding(chosen, documents)
-        if self.config.capacity is not None:
+        room, config = None, self.config
+        if config.capacity is not None:
             chosen = self._within(wanted, probability, numbers, whole)
-        out = self.experts(tokens, chosen, probability).view_as(x)
-        if self.shared is not None:
-            beside = self.shared(x)
-            out = out + (beside if self.shared_gate is None else beside * self.shared_gate(x).sigmoid())
+            room = most(whole, config.active, config.experts, config.capacity)
+        beside = None if self.shared is None else partial(self._beside, x)
+        out = self.experts(tokens, chosen, probability, beside=beside, most=room).view_as(x)
         return out, self._tally(logits, wanted, chosen, documents, len(x))
+
+    def _beside(self, x: Tensor) -> Tensor:
+        """What every token is given besides: B T D -> N D."""
+        assert self.shared is not None
+        found = self.shared(x)
+        return (found if self.shared_gate is None else found * self.shared_gate(x).sigmoid()).flatten(0, 1)
 
     def _logits(self, tokens: Tensor, numbers: Tensor, length: int) -> Tensor:
         if self.jitter is not None and torch.is_grad_enabled():

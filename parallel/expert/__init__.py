@@ -2,8 +2,21 @@
 
 from typing import Annotated
 
-from farspan.parallel.expert.dispatch import AllGather, AllToAll, Auto, Axes, Dispatcher, Local, WeightGather
+from farspan.parallel.expert.clock import Waits
+from farspan.parallel.expert.dispatch import Auto, Axes, Beside, Dispatcher, Local, WeightGather
+from farspan.parallel.expert.travel import AllGather, AllToAll
 
 Dispatch = Annotated[Auto | AllToAll | AllGather | WeightGather, "choice"]
 
-__all__ = ["AllGather", "AllToAll", "Auto", "Axes", "Dispatch", "Dispatcher", "Local", "WeightGather"]
+__all__ = [
+    "AllGather",
+    "AllToAll",
+    "Auto",
+    "Axes",
+    "Beside",
+    "Dispatch",
+    "Dispatcher",
+    "Local",
+    "Waits",
+    "WeightGather",
+]
