@@ -199,7 +199,8 @@ def _states(job: Job, whole: DecoderModel, held: DecoderModel, sizes: Sizes) -> 
     for name, piece, ranks, dim in _shared(held, sizes):
         _, _, rest = name.partition("layers.")
         state = job.optim.state_bytes(tuple(wholes[name].shape), known[name])
-        found[1 + int(rest.partition(".")[0]) if rest else 0] += state * _most(piece, ranks, dim) // wholes[name].numel()
+        mine = state * _most(piece, ranks, dim) // wholes[name].numel()
+        found[1 + int(rest.partition(".")[0]) if rest else 0] += mine
     return found
 
 

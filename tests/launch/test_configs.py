@@ -63,8 +63,8 @@ def test_models_of_experts_have_their_sizes(name: str, total: int, active: int) 
 
 
 def test_memory_is_that_of_the_dispatch() -> None:
-    """Gathered tokens are held as often as there are ranks, experts that are gathered whole; beside them nothing
-    differs."""
+    """Gathered tokens are held as often as there are ranks, experts that are gathered whole, and a rank's own experts
+    once: products read them where they lie. Beside these nothing differs."""
     path = next(p for p in CONFIGS if p.stem == "expert_parallel")
 
     def memory(ranks: int, *overrides: str) -> Memory:
@@ -78,7 +78,7 @@ def test_memory_is_that_of_the_dispatch() -> None:
     rows, kept = 4 * 256, 4 * (2 * 2 * 128 + 128 + 2 + 2 + 2)
     """Of a token: gate and up of two experts, itself, and its two shares, rows and places."""
     assert gathered.activations - tokens.activations == pytest.approx(4 * 3 * rows * kept, rel=0.1)
-    assert whole.gathered - tokens.gathered == 2 * (8 - 2) * 3 * 128 * 128 * 4
+    assert whole.gathered - tokens.gathered == 2 * 8 * 3 * 128 * 128 * 4
     assert whole.activations == pytest.approx(tokens.activations, rel=1e-5) and gathered.gathered == tokens.gathered
     assert memory(4, "parallel.ep=1", "parallel.etp=2").activations > memory(4, "parallel.ep=1").activations
     assert memory(3, "train.batch=3", "parallel.ep=3", "parallel.dispatch={kind: weight_gather}").total, "8 / 3 experts"
