@@ -25,6 +25,7 @@ from farspan.kernels.gathered_gemm import GATHERED
 from farspan.kernels.grouped_gemm import GROUPED_MM
 from farspan.kernels.route import ROUTE
 from farspan.kernels.router_logits import ROUTER_LOGITS
+from farspan.parallel.expert.deepep import COMBINE, DISPATCH
 
 Recompute = Literal["none", "block", "selective", "offload"]
 
@@ -41,7 +42,7 @@ _LEFT |= {GROUPED_MM: 0, GATHERED: 0, ROUTER_LOGITS: 0}
 """Products, and which argument is the left factor."""
 _SUMS = {torch.ops._c10d_functional.reduce_scatter_tensor.default}
 """Exchanges that leave less than they take: keeping the sum spares the product before it as well."""
-_EXCHANGES = {torch.ops._c10d_functional.all_to_all_single.default}
+_EXCHANGES = {torch.ops._c10d_functional.all_to_all_single.default, DISPATCH, COMBINE}
 """Rows that came from other ranks, which do not send them twice."""
 
 Call = tuple[OpOverload, int]
@@ -127,7 +128,7 @@ class _Keep(TorchDispatchMode):
         self.counts[func] += 1
         if func in self.always or call in self.kept:
             if func in _SUMS | _EXCHANGES:
-                torch.ops._c10d_functional.wait_tensor(out)  # the layer's own wait comes after this
+                torch.ops._c10d_functional.wait_tensor(tree_leaves(out)[0])  # the layer's own wait comes after this
             self.shelf[call] = tree_map_only(Tensor, self.store.pack, out)
         return out
 

@@ -7,6 +7,7 @@ from typing import Literal
 
 from farspan.models.mixers import Softmax
 from farspan.models.zoo import Model
+from farspan.parallel.expert import DeepEp
 from farspan.parallel.mesh import Gather, Parallel, Sizes, Zero
 from farspan.parallel.recompute import KEEP, Recompute
 from farspan.platform.config import kind
@@ -164,6 +165,7 @@ class Job:
             found += self._spread_problems()
         if isinstance(self.parallel.engine, Zero):
             found += self._zero_problems()
+        found += self._dispatch_problems()
         found += self._gradient_problems(world)
         warmup = self.schedule.warmup
         if warmup >= self.train.steps > 1:
@@ -221,6 +223,23 @@ class Job:
             f"train.recompute={train.recompute}: {zero} keeps activations on the device; set selective": train.stashed,
         }
         return [f"{problem}, or parallel.engine: {{kind: fsdp}}" for problem, found in refused.items() if found]
+
+    def _dispatch_problems(self) -> list[str]:
+        """What DeepEP cannot do, or this machine without it."""
+        dispatch, train, ep = self.parallel.dispatch, self.train, self.parallel.ep
+        if not isinstance(dispatch, DeepEp) or ep == 1:
+            return []
+        place = "parallel.dispatch.kind=deep_ep"
+        refused = {
+            f"{place}: DeepEP is not installed; build it from github.com/deepseek-ai/DeepEP": find_spec("deep_ep")
+            is None,
+            f"train.precision={train.precision}: {place} sends tokens in bf16; set bf16": train.precision == "fp32",
+            f"train.deterministic=True: {place} cannot go with how torch then fills new memory; set it to false": (
+                train.deterministic
+            ),
+        }
+        found = [problem for problem, is_so in refused.items() if is_so] + dispatch.problems(ep, self.model.width)
+        return [f"{problem}, or parallel.dispatch: {{kind: all_to_all}}" for problem in found]
 
     def _one_way(self) -> list[str]:
         """The mixers that cannot show a prefix both ways."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from farspan.models.decoder import DecoderModel
 from farspan.models.roles import roles
 from farspan.parallel import recompute, tensor
-from farspan.parallel.expert import AllGather, Beside, Local
+from farspan.parallel.expert import AllGather, Beside, DeepEp, Local
 from farspan.parallel.mesh import Sizes, Zero
 from farspan.parallel.placement import along
 from farspan.parallel.stash import LAST, LEAST
@@ -84,6 +84,11 @@ class Plan:
 def plan(job: Job, world: int, device: str) -> Plan:
     """Builds the model on the meta device and counts; ValueError where the sections do not fit each other."""
     sizes = job.parallel.sizes(world)
+    if isinstance(job.parallel.dispatch, DeepEp) and sizes.ep > 1 and device != "cuda":
+        raise ValueError(
+            f"parallel.dispatch.kind=deep_ep: DeepEP runs on GPUs alone, and launch.device is {device}; set "
+            "parallel.dispatch: {kind: all_to_all}"
+        )
     length = job.data.sequence_length
     with torch.device("meta"):
         whole, held = (job.model.build(job.data.vocabulary, job.parallel.context.build()) for _ in range(2))

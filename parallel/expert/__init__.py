@@ -3,10 +3,11 @@
 from typing import Annotated
 
 from farspan.parallel.expert.clock import Waits
+from farspan.parallel.expert.deepep import DeepEp
 from farspan.parallel.expert.dispatch import Auto, Axes, Beside, Dispatcher, Local, WeightGather
 from farspan.parallel.expert.travel import AllGather, AllToAll
 
-Dispatch = Annotated[Auto | AllToAll | AllGather | WeightGather, "choice"]
+Dispatch = Annotated[Auto | AllToAll | AllGather | WeightGather | DeepEp, "choice"]
 
 __all__ = [
     "AllGather",
@@ -14,6 +15,7 @@ __all__ = [
     "Auto",
     "Axes",
     "Beside",
+    "DeepEp",
     "Dispatch",
     "Dispatcher",
     "Local",

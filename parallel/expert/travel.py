@@ -30,8 +30,8 @@ Start = Callable[[Tensor], Tensor]
 class _Trip:
     """Tokens that are under way to their experts."""
 
-    tokens: "_Crossing"
-    share: "_Crossing"
+    tokens: "Crossing"
+    share: "Crossing"
     """Tokens' probabilities."""
     wishes: Tensor
     """Whom they choose; pending."""
@@ -77,14 +77,14 @@ class Travelling(Local):
         sizes = [end - begin for begin, end in pairwise(ends)]
         return list(zip(*(x.split(sizes) for x in visits), strict=True))
 
-    def _work(self, trip: _Trip, w13: Tensor, w2: Tensor) -> "_Crossing":
+    def _work(self, trip: _Trip, w13: Tensor, w2: Tensor) -> "Crossing":
         """What the guests of this rank make of its experts, on its way back."""
         experts = len(w13)
         seats = sort(self.clock.wait(trip.wishes) - self.ep.rank * experts, experts)
         if trip.room is not None:
             seats = replace(seats, rows=seats.rows[: trip.room])
         found = through(trip.tokens.arrive(), w13, w2, trip.share.arrive(), seats)
-        return _Crossing(found, trip.back, trip.there, self.clock)
+        return Crossing(found, trip.back, trip.there, self.clock)
 
 
 class Gathered(Travelling):
@@ -96,8 +96,8 @@ class Gathered(Travelling):
         there, back = (partial(start, size=self.ep.size, name=self.ep.name) for start in (_gather, _sum))
         return [
             _Trip(
-                tokens=_Crossing(tokens, there, back, self.clock),
-                share=_Crossing(probability, there, back, self.clock),
+                tokens=Crossing(tokens, there, back, self.clock),
+                share=Crossing(probability, there, back, self.clock),
                 wishes=there(chosen),
                 there=there,
                 back=back,
@@ -165,8 +165,8 @@ class Exchanged(Travelling):
         back = partial(_exchange, sent=received, received=sent, name=name)
         wishes = chosen[rows.clamp(min=0).long().div(chosen.shape[1], rounding_mode="floor")]
         return _Trip(
-            tokens=_Crossing(permute(tokens, ride.order), there, back, self.clock),
-            share=_Crossing(permute(probability, ride.order), there, back, self.clock),
+            tokens=Crossing(permute(tokens, ride.order), there, back, self.clock),
+            share=Crossing(permute(probability, ride.order), there, back, self.clock),
             wishes=there(torch.where(rows.unsqueeze(1) < 0, -1, wishes)),
             there=there,
             back=back,
@@ -234,7 +234,7 @@ def _sum(x: Tensor, *, size: int, name: str) -> Tensor:
     return out
 
 
-class _Crossing:
+class Crossing:
     """One exchange of rows with a gradient: what departs, and backward what departs the other way."""
 
     def __init__(self, x: Tensor, there: Start, back: Start, clock: Clock) -> None:
@@ -252,13 +252,13 @@ class _Crossing:
 
 class _Depart(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, crossing: _Crossing) -> Tensor:
+    def forward(ctx: Any, x: Tensor, crossing: Crossing) -> Tensor:
         ctx.crossing = crossing
         return crossing.there(x)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
-        crossing: _Crossing = ctx.crossing
+        crossing: Crossing = ctx.crossing
         returning, crossing.returning = crossing.returning, None
         assert returning is not None
         return crossing.clock.wait(returning), None
@@ -266,7 +266,7 @@ class _Depart(torch.autograd.Function):
 
 class _Arrive(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, pending: Tensor, crossing: _Crossing) -> Tensor:
+    def forward(ctx: Any, pending: Tensor, crossing: Crossing) -> Tensor:
         ctx.crossing = crossing
         return crossing.clock.wait(pending)
 

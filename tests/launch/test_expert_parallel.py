@@ -1,6 +1,7 @@
 """Experts on several ranks through `launch`: any cut of them, and one cut after another, is one rank all the time."""
 
 import json
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
@@ -55,3 +56,29 @@ def test_mistakes_are_named(
 ) -> None:
     monkeypatch.chdir(corpus.parent)
     assert message in refusal(CONFIG, *SMALL, *arguments, capfd=capfd)
+
+
+@pytest.mark.parametrize(
+    ("installed", "arguments", "message"),
+    [
+        (False, [], "DeepEP is not installed; build it from"),
+        (True, ["train.precision=auto"], "DeepEP runs on GPUs alone, and launch.device is cpu"),
+        (True, [], "train.precision=fp32: parallel.dispatch.kind=deep_ep sends tokens in bf16"),
+        (True, ["train.deterministic=true"], "train.deterministic=True: parallel.dispatch.kind=deep_ep"),
+        (True, ["model.width=72"], "model.width=72: DeepEP's tokens have a multiple of 16 channels, at most 8176"),
+        (True, ["parallel.ep=3", "launch.ranks=3", "train.batch=6"], "parallel.ep=3: DeepEP is for 2, 4, 8, 16"),
+    ],
+)
+def test_what_deep_ep_cannot_do_is_named_beforehand(
+    installed: bool,
+    arguments: list[str],
+    message: str,
+    corpus: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(corpus.parent)
+    found = ModuleSpec("deep_ep", None) if installed else None
+    monkeypatch.setattr("farspan.platform.job.find_spec", lambda name: found)
+    said = refusal(CONFIG, *SMALL, "parallel.dispatch={kind: deep_ep}", *arguments, capfd=capfd)
+    assert message in said and "parallel.dispatch: {kind: all_to_all}" in said
