@@ -9,7 +9,7 @@ from torch import Tensor
 from farspan.models.decoder import DecoderModel
 from farspan.models.roles import roles
 from farspan.parallel import recompute, tensor
-from farspan.parallel.expert import AllGather, Beside, DeepEp, Local
+from farspan.parallel.expert import AllGather, Beside, DeepEp, Local, Visits
 from farspan.parallel.mesh import Sizes, Zero
 from farspan.parallel.placement import along
 from farspan.parallel.stash import LAST, LEAST
@@ -121,19 +121,9 @@ class _Gathering(Local):
         super().__init__()
         self.ranks = ranks
 
-    def run(
-        self,
-        tokens: Tensor,
-        chosen: Tensor,
-        probability: Tensor,
-        w13: Tensor,
-        w2: Tensor,
-        *,
-        beside: Beside | None = None,
-        most: int | None = None,
-    ) -> Tensor:
-        theirs, wishes, share = (x.repeat(self.ranks, 1) for x in (tokens, chosen, probability))
-        found = super().run(theirs, wishes, share, w13, w2)[: len(tokens)]
+    def run(self, visits: Visits, w13: Tensor, w2: Tensor, beside: Beside | None = None) -> Tensor:
+        theirs, wishes, share = (x.repeat(self.ranks, 1) for x in visits[:3])
+        found = super().run(Visits(theirs, wishes, share), w13, w2)[: len(visits.tokens)]
         return found if beside is None else found + beside()
 
 

@@ -15,6 +15,7 @@ from farspan.models.ffns.router import Routed, RowSums, Tally, by_row, met, numb
 from farspan.models.linear import Linear, Plain
 from farspan.models.roles import RoleKind
 from farspan.parallel.context.shard import Documents
+from farspan.parallel.expert import Visits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +96,7 @@ class BlockFfnLayer(Routed):
         active = logits.relu()
         weight = active * (active.square().mean(-1, keepdim=True) + config.eps).rsqrt() * self.gain.to(logits.dtype)
         share = torch.where(chosen >= 0, weight.gather(1, chosen.long().clamp(min=0)), 0.0)
-        out = self.experts(tokens, chosen, share).view_as(x)
+        out = self.experts(Visits(tokens, chosen, share)).view_as(x)
         none = logits.new_zeros(())
         return out, Tally(
             given=by_row(met(chosen, logits), documents, rows),

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from farspan.kernels.random import Normal
 from farspan.models.linear import Linear, Plain
-from farspan.parallel.expert import Beside, Dispatcher, Local
+from farspan.parallel.expert import Beside, Dispatcher, Local, Visits
 from farspan.parallel.placement import Expert, Placement
 
 
@@ -32,17 +32,9 @@ class Experts(nn.Module):
     def placements(self) -> dict[str, Placement]:
         return {"w13": Expert(2), "w2": Expert(2)}
 
-    def forward(
-        self,
-        tokens: Tensor,
-        chosen: Tensor,
-        probability: Tensor,
-        *,
-        beside: Beside | None = None,
-        most: int | None = None,
-    ) -> Tensor:
-        """N D -> N D; see `farspan.parallel.expert.dispatch.Dispatcher.run`."""
-        return self.dispatcher.run(tokens, chosen, probability, self.w13, self.w2, beside=beside, most=most)
+    def forward(self, visits: Visits, beside: Beside | None = None) -> Tensor:
+        """N D; see `farspan.parallel.expert.dispatch.Dispatcher.run`."""
+        return self.dispatcher.run(visits, self.w13, self.w2, beside)
 
 
 class Dealt:

@@ -30,6 +30,7 @@ from farspan.models.ffns.router import (
 from farspan.models.linear import Linear, Plain
 from farspan.models.roles import RoleKind
 from farspan.parallel.context.shard import Documents
+from farspan.parallel.expert import Visits
 from farspan.parallel.sums import Now
 
 Bias = Literal["none", "aux_free", "quantile"]
@@ -182,7 +183,7 @@ class MoeFfn(Routed):
             chosen = self._within(wanted, probability, numbers, whole)
             room = most(whole, config.active, config.experts, config.capacity)
         beside = None if self.shared is None else partial(self._beside, x)
-        out = self.experts(tokens, chosen, probability, beside=beside, most=room).view_as(x)
+        out = self.experts(Visits(tokens, chosen, probability, room), beside).view_as(x)
         return out, self._tally(logits, wanted, chosen, documents, len(x))
 
     def _beside(self, x: Tensor) -> Tensor:

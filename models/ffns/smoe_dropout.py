@@ -13,6 +13,7 @@ from farspan.models.ffns.experts import Dealt, Experts
 from farspan.models.ffns.router import Kept, Routed, RowSums, Tally, by_row, met, squared_lse, without_padding
 from farspan.models.linear import Linear, Plain
 from farspan.parallel.context.shard import Documents
+from farspan.parallel.expert import Visits
 from farspan.parallel.sums import Now
 
 
@@ -75,7 +76,7 @@ class SmoeDropoutFfn(Routed):
         takes = torch.arange(most, device=x.device) < self.active.value
         share = logits.gather(1, chosen.long()).masked_fill(~takes, -torch.inf).softmax(-1)
         chosen = without_padding(torch.where(takes, chosen, -1), documents)
-        out = self.experts(tokens, chosen, share).view_as(x)
+        out = self.experts(Visits(tokens, chosen, share)).view_as(x)
         none, rows = logits.new_zeros(()), len(x)
         return out, Tally(
             given=by_row(met(chosen, logits), documents, rows),

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from farspan.parallel.expert.clock import Waits
 from farspan.parallel.expert.deepep import DeepEp
-from farspan.parallel.expert.dispatch import Auto, Axes, Beside, Dispatcher, Local, WeightGather
+from farspan.parallel.expert.dispatch import Auto, Axes, Beside, Dispatcher, Local, Visits, WeightGather
 from farspan.parallel.expert.travel import AllGather, AllToAll
 
 Dispatch = Annotated[Auto | AllToAll | AllGather | WeightGather | DeepEp, "choice"]
@@ -19,6 +19,7 @@ __all__ = [
     "Dispatch",
     "Dispatcher",
     "Local",
+    "Visits",
     "Waits",
     "WeightGather",
 ]

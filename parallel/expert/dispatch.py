@@ -7,7 +7,7 @@ ep. A probability is part of an expert's work, so that what comes back is only s
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -40,28 +40,30 @@ class Axes:
     """All ranks, for a number between their hosts."""
 
 
+class Visits(NamedTuple):
+    """Tokens and the experts that they choose."""
+
+    tokens: Tensor
+    """N D."""
+    chosen: Tensor
+    """N K int32 of all E experts, other numbers for nobody."""
+    probability: Tensor
+    """N K."""
+    most: int | None = None
+    """As many of these tokens choose one expert, and no more; None: all may."""
+
+
 class Dispatcher(Protocol):
     """What a layer of experts receives."""
 
     def expect(self, tokens: int) -> None:
         """Told before each forward, on all ranks, how many tokens this rank's layers will see."""
 
-    def run(
-        self,
-        tokens: Tensor,
-        chosen: Tensor,
-        probability: Tensor,
-        w13: Tensor,
-        w2: Tensor,
-        *,
-        beside: Beside | None = None,
-        most: int | None = None,
-    ) -> Tensor:
-        """What each of this rank's tokens makes of its chosen experts, plus what `beside` finds: N D -> N D.
+    def run(self, visits: Visits, w13: Tensor, w2: Tensor, beside: Beside | None = None) -> Tensor:
+        """What each of this rank's tokens makes of its chosen experts, plus what `beside` finds: N D.
 
-        chosen: N K int32 of all E experts, other numbers for nobody; probability: N K; w13 and w2 as this rank has
-        them, E/ep 2 I/etp D and E/ep D I/etp; E/ep 1 I/etp D where experts have no gate, silu(w13 · x) alone. most: as
-        many of these tokens choose one expert, and no more; None: all may.
+        w13 and w2 as this rank has them, E/ep 2 I/etp D and E/ep D I/etp; E/ep 1 I/etp D where experts have no gate,
+        silu(w13 · x) alone.
         """
 
     def waited(self) -> Waits | None:
@@ -76,10 +78,6 @@ class Dispatcher(Protocol):
     def every(self, said: Tensor) -> Tensor:
         """N … -> M …: what the ranks say that hold the tokens of the same rows; with a gradient where it is of floating
         point."""
-
-
-Visits = tuple[Tensor, Tensor, Tensor]
-"""Tokens N D, whom they choose N K, and with what probability N K."""
 
 
 class Local:
@@ -100,29 +98,20 @@ class Local:
             dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.axes.hosts.handle)
         self._most = int(most)
 
-    def run(
-        self,
-        tokens: Tensor,
-        chosen: Tensor,
-        probability: Tensor,
-        w13: Tensor,
-        w2: Tensor,
-        *,
-        beside: Beside | None = None,
-        most: int | None = None,
-    ) -> Tensor:
+    def run(self, visits: Visits, w13: Tensor, w2: Tensor, beside: Beside | None = None) -> Tensor:
+        tokens, chosen, probability, most = visits
         if tokens.is_meta:  # to be measured: as many tokens come as go
-            return _sum(*Local._meet(self, (tokens, chosen, probability), w13, w2, beside, most))
+            return _sum(*Local._meet(self, visits, w13, w2, beside))
         count = len(tokens)
         if missing := max(0, self._most - count):
             tokens, probability = (F.pad(x, (0, 0, 0, missing)) for x in (tokens, probability))
             chosen = F.pad(chosen, (0, 0, 0, missing), value=-1)
         if (etp := self.axes.etp) is None:
-            found, extra = self._meet((tokens, chosen, probability), w13, w2, beside, most)
+            found, extra = self._meet(Visits(tokens, chosen, probability, most), w13, w2, beside)
             return _sum(found[:count], extra)
         tokens, probability = (gather(x.unsqueeze(0), etp).squeeze(0) for x in (tokens, probability))
-        every = tokens, gather_rows(chosen, etp).flatten(0, 1), probability
-        found, extra = self._meet(every, w13, w2, beside, None if most is None else most * etp.size)
+        chosen, most = gather_rows(chosen, etp).flatten(0, 1), None if most is None else most * etp.size
+        found, extra = self._meet(Visits(tokens, chosen, probability, most), w13, w2, beside)
         return _sum(scatter(found.unsqueeze(0), etp).squeeze(0)[:count], extra)
 
     def waited(self) -> Waits | None:
@@ -141,12 +130,9 @@ class Local:
             return gather(said.unsqueeze(0), mates).squeeze(0)
         return gather_rows(said, mates).flatten(0, 1)
 
-    def _meet(
-        self, visits: Visits, w13: Tensor, w2: Tensor, beside: Beside | None, most: int | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def _meet(self, visits: Visits, w13: Tensor, w2: Tensor, beside: Beside | None) -> tuple[Tensor, Tensor | None]:
         """visits: of all etp, with as many tokens each -> what they make of experts, and what `beside` found."""
-        tokens, chosen, probability = visits
-        found = through(tokens, w13, w2, probability, sort(chosen, len(w13)))
+        found = through(visits.tokens, w13, w2, visits.probability, sort(visits.chosen, len(w13)))
         return found, None if beside is None else beside()
 
 

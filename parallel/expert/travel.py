@@ -55,16 +55,14 @@ class Travelling(Local):
         return self.clock.take()
 
     @torch.compiler.disable  # a compiler would not know what may hide behind what, nor some of the sizes
-    def _meet(
-        self, visits: Visits, w13: Tensor, w2: Tensor, beside: Beside | None, most: int | None
-    ) -> tuple[Tensor, Tensor | None]:
-        trips = self._leave(self._chunks(visits), len(w13), most)
+    def _meet(self, visits: Visits, w13: Tensor, w2: Tensor, beside: Beside | None) -> tuple[Tensor, Tensor | None]:
+        trips = self._leave(self._chunks(visits), len(w13))
         extra = None if beside is None else beside()
         homewards = [self._work(trip, w13, w2) for trip in trips]
         found = [trip.home(crossing.arrive()) for trip, crossing in zip(trips, homewards, strict=True)]
         return torch.cat(found) if len(found) > 1 else found[0], extra
 
-    def _leave(self, chunks: Sequence[Visits], experts: int, most: int | None) -> list[_Trip]:
+    def _leave(self, chunks: Sequence[Visits], experts: int) -> list[_Trip]:
         """experts: those of this rank."""
         raise NotImplementedError
 
@@ -72,10 +70,12 @@ class Travelling(Local):
         """All ranks make as many, of sizes of their own."""
         if self.chunks == 1:
             return [visits]
-        count = len(visits[0])
+        tokens, chosen, probability, most = visits
+        count = len(tokens)
         ends = [count * i // self.chunks for i in range(self.chunks + 1)]
         sizes = [end - begin for begin, end in pairwise(ends)]
-        return list(zip(*(x.split(sizes) for x in visits), strict=True))
+        parts = zip(tokens.split(sizes), chosen.split(sizes), probability.split(sizes), strict=True)
+        return [Visits(*part, most=most) for part in parts]
 
     def _work(self, trip: _Trip, w13: Tensor, w2: Tensor) -> "Crossing":
         """What the guests of this rank make of its experts, on its way back."""
@@ -92,19 +92,19 @@ class Gathered(Travelling):
 
     ragged = False
 
-    def _leave(self, chunks: Sequence[Visits], experts: int, most: int | None) -> list[_Trip]:
+    def _leave(self, chunks: Sequence[Visits], experts: int) -> list[_Trip]:
         there, back = (partial(start, size=self.ep.size, name=self.ep.name) for start in (_gather, _sum))
         return [
             _Trip(
-                tokens=Crossing(tokens, there, back, self.clock),
-                share=Crossing(probability, there, back, self.clock),
-                wishes=there(chosen),
+                tokens=Crossing(visits.tokens, there, back, self.clock),
+                share=Crossing(visits.probability, there, back, self.clock),
+                wishes=there(visits.chosen),
                 there=there,
                 back=back,
                 room=None,
                 home=_here,
             )
-            for tokens, chosen, probability in chunks
+            for visits in chunks
         ]
 
 
@@ -119,14 +119,14 @@ class Exchanged(Travelling):
         super().__init__(axes, ep, chunks)
         self.padded, self.ragged = padded, not padded
 
-    def _leave(self, chunks: Sequence[Visits], experts: int, most: int | None) -> list[_Trip]:
-        rides = self._padded(chunks, experts, most) if self.padded else self._counted(chunks, experts)
+    def _leave(self, chunks: Sequence[Visits], experts: int) -> list[_Trip]:
+        rides = self._padded(chunks, experts) if self.padded else self._counted(chunks, experts)
         return [self._send(visits, ride) for visits, ride in zip(chunks, rides, strict=True)]
 
     def _counted(self, chunks: Sequence[Visits], experts: int) -> list["_Ride"]:
         """As long as tokens need."""
         ranks = self.ep.size
-        owners = [chosen.div(experts, rounding_mode="floor") for _, chosen, _ in chunks]
+        owners = [visits.chosen.div(experts, rounding_mode="floor") for visits in chunks]
         orders = [sort(_once(owner), ranks) for owner in owners]
         each = [
             (o.ends.diff(prepend=o.ends[:1] * 0), _given(owner, ranks)) for o, owner in zip(orders, owners, strict=True)
@@ -141,10 +141,10 @@ class Exchanged(Travelling):
             rides.append(_Ride(replace(order, rows=order.rows[: sum(sent)]), sent, received, sum(visits)))
         return rides
 
-    def _padded(self, chunks: Sequence[Visits], experts: int, most: int | None) -> list["_Ride"]:
+    def _padded(self, chunks: Sequence[Visits], experts: int) -> list["_Ride"]:
         """As long as tokens may need at most: where nobody sits travels whatever memory held, and wishes for nobody."""
         ranks, rides = self.ep.size, []
-        for tokens, chosen, _ in chunks:
+        for tokens, chosen, _, most in chunks:
             count, k = len(tokens), chosen.shape[1]
             visits = count * min(k, experts) if most is None else experts * min(count, most)  # of one other rank's
             room = min(count, visits)
@@ -159,7 +159,7 @@ class Exchanged(Travelling):
         return rides
 
     def _send(self, visits: Visits, ride: "_Ride") -> _Trip:
-        tokens, chosen, probability = visits
+        tokens, chosen, probability, _ = visits
         rows, sent, received, name = ride.order.rows, ride.sent, ride.received, self.ep.name
         there = partial(_exchange, sent=sent, received=received, name=name)
         back = partial(_exchange, sent=received, received=sent, name=name)

@@ -17,6 +17,7 @@ from farspan.models.ffns.moe import MoeFfn
 from farspan.models.ffns.router import Kept, Scope
 from farspan.parallel.context.local import Local
 from farspan.parallel.context.shard import IGNORE, Batch, Documents
+from farspan.parallel.expert import Visits
 from farspan.parallel.sums import Now, Sums
 
 PLAIN: dict[str, Any] = {"experts": 6, "active": 2, "hidden": 5}
@@ -101,7 +102,7 @@ def test_a_bias_decides_who_is_chosen_and_not_how_much_of_it() -> None:
     out, tally = module(x, Documents())
     assert tally.given[0].tolist() == [0, 0, 5, 0, 5, 0]
     share = (x[0] @ module.router.weight.T).sigmoid()[:, [2, 4]]
-    wanted = plain.experts(x[0], torch.tensor([[2, 4]] * 5, dtype=torch.int32), share)
+    wanted = plain.experts(Visits(x[0], torch.tensor([[2, 4]] * 5, dtype=torch.int32), share))
     torch.testing.assert_close(out[0], wanted)
 
 
@@ -176,7 +177,7 @@ def test_forced_choice_is_even_and_probabilities_are_the_routers() -> None:
     assert (tally.given == 3).all()
     turns = (torch.arange(9).unsqueeze(1) * 2 + torch.arange(2)) % 6
     p, _ = route(x[0] @ module.router.weight.T, 2, score="softmax", normalised=True, chosen=turns.int())
-    torch.testing.assert_close(out[0], module.experts(x[0], turns.int(), p))
+    torch.testing.assert_close(out[0], module.experts(Visits(x[0], turns.int(), p)))
 
 
 def test_a_gate_on_the_shared_expert() -> None:
@@ -237,7 +238,7 @@ def test_who_finds_no_room_adds_nothing_and_is_counted() -> None:
     p, chosen = route(x.detach().flatten(0, 1) @ module.router.weight.T, 2, score="softmax", normalised=True)
     kept = within(chosen, p, torch.arange(18), (2, 9), 6, factor=0.5, drop="last", every=lambda said: said)
     assert int((kept < 0).sum()) == int(tally.dropped)
-    wanted = module.experts(x.flatten(0, 1), kept, p).view_as(x)
+    wanted = module.experts(Visits(x.flatten(0, 1), kept, p)).view_as(x)
     torch.testing.assert_close(out, wanted)
 
 

@@ -10,6 +10,7 @@ from farspan.models.decoder import initial
 from farspan.models.ffns import SmoeDropout
 from farspan.models.ffns.smoe_dropout import SmoeDropoutFfn
 from farspan.parallel.context.shard import Documents
+from farspan.parallel.expert import Visits
 from farspan.parallel.sums import Now
 
 CONFIG = SmoeDropout(experts=6, hidden=5, first=2, last=5, over=12)
@@ -36,7 +37,7 @@ def test_meets_its_best_and_more_of_them_later(step: int, active: int) -> None:
     assert (tally.given.sum(1) == 4 * active).all() and CONFIG.active(step) == active
     logits = x.flatten(0, 1) @ module.router.value.double().T
     best = logits.topk(active)
-    wanted = module.experts(x.flatten(0, 1), best.indices.int(), best.values.softmax(-1)).view_as(x)
+    wanted = module.experts(Visits(x.flatten(0, 1), best.indices.int(), best.values.softmax(-1))).view_as(x)
     torch.testing.assert_close(out, wanted)
     leaves = [x, *module.parameters()]
     torch.testing.assert_close(*(torch.autograd.grad(y.sin().sum(), leaves) for y in (out, wanted)))

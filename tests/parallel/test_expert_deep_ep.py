@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import farspan.parallel.context.attention  # noqa: F401 - recomputation asks for its operators
 from farspan.parallel import recompute
 from farspan.parallel.comm import Group
-from farspan.parallel.expert import AllToAll, Axes, DeepEp
+from farspan.parallel.expert import AllToAll, Axes, DeepEp, Visits
 
 TOKENS, WIDTH, HIDDEN, EXPERTS, ACTIVE = 13, 16, 6, 8, 3
 LOG: list[str] = []
@@ -208,7 +208,7 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, chosen: Tensor, probability: Tensor) -> Tensor:
         tokens = x[0] * 2
         beside = partial(self._beside, tokens)
-        return self.dispatcher.run(tokens, chosen, probability.sigmoid(), self.w13, self.w2, beside=beside)[None]
+        return self.dispatcher.run(Visits(tokens, chosen, probability.sigmoid()), self.w13, self.w2, beside)[None]
 
     def _beside(self, tokens: Tensor) -> Tensor:
         return Noted.apply(tokens @ self.shared)
@@ -318,9 +318,9 @@ def wide() -> tuple[int, list[str]]:
     for dispatcher, width in ((first, 16), (second, 32), (first, 16)):
         tokens, w13, w2 = torch.ones(3, width), torch.ones(4, 2, 5, width), torch.ones(4, width, 5)
         chosen = torch.tensor([[0, 4]] * 3, dtype=torch.int32)
-        dispatcher.run(tokens.bfloat16(), chosen, torch.ones(3, 2), w13.bfloat16(), w2.bfloat16())
+        dispatcher.run(Visits(tokens.bfloat16(), chosen, torch.ones(3, 2)), w13.bfloat16(), w2.bfloat16())
         with pytest.raises(ValueError) as refused:
-            dispatcher.run(tokens, chosen, torch.ones(3, 2), w13, w2)
+            dispatcher.run(Visits(tokens, chosen, torch.ones(3, 2)), w13, w2)
         said.append(str(refused.value))
     return Buffer.made, said
 

@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from farspan.models.ffns import Moe
 from farspan.parallel.comm import Group
 from farspan.parallel.context.shard import Documents
-from farspan.parallel.expert import AllGather, AllToAll, Axes, Local, travel
+from farspan.parallel.expert import AllGather, AllToAll, Axes, Local, Visits, travel
 
 TOKENS, WIDTH, HIDDEN, EXPERTS, ACTIVE = 13, 6, 5, 4, 3
 
@@ -61,7 +61,7 @@ def noted(kinds: list[tuple[dict[str, Any], int | None]]) -> list[Any]:
         leaves = [x.clone().requires_grad_() for x in (tokens, probability, *mine)]
         beside = partial(_Noted.apply, leaves[0], log)
         with logged(dispatcher, log, sizes):
-            out = dispatcher.run(leaves[0], chosen, *leaves[1:], beside=beside, most=most)
+            out = dispatcher.run(Visits(leaves[0], chosen, leaves[1], most), *leaves[2:], beside)
             log.append("back")
             found = [out.detach(), *torch.autograd.grad(out, leaves, given(7)[0])]
         waits = dispatcher.waited()
