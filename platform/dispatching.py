@@ -71,6 +71,7 @@ def _layers(job: Job, mesh: Mesh, compute: torch.dtype) -> dict[auto.Layer, int]
                 width=job.model.width,
                 hidden=ffn.hidden // mesh.sizes.etp,
                 itemsize=compute.itemsize,
+                shared=ffn.shared if isinstance(ffn, Moe) else 0,
             )
             found[layer] = found.get(layer, 0) + block.repeat
     return found

@@ -27,6 +27,8 @@ class Layer:
     hidden: int
     itemsize: int
     """Bytes of a number in products."""
+    shared: int = 0
+    """Channels of an expert that all tokens meet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,17 +50,21 @@ def seconds(layer: Layer, ep: int, shard: int, link: Link) -> dict[str, float]:
 
     shard: the ranks between which an expert is sharded besides. A token travels once to each rank that has one of its
     experts: of ep ranks, with experts chosen evenly, ep (1 - (1 - 1/ep)^K). Each way is gone four times: there and
-    back, forward and backward. Gathered experts come twice, and their gradients leave once in fp32; all of it hides
-    behind the layer's products as far as they last.
+    back, forward and backward. Ways there, and their gradients' ways back, hide behind the shared expert as far as that
+    lasts. Gathered experts come twice, and their gradients leave once in fp32; all of it hides behind the layer's
+    products.
     """
     row, away = layer.width * layer.itemsize, (ep - 1) / ep
     met = ep * (1 - away**layer.active)
     weights = 3 * layer.experts * layer.width * layer.hidden
     more = weights * ((1 - 1 / (shard * ep)) - (1 - 1 / shard) / ep)
-    products = 18 * layer.tokens * layer.active * layer.width * layer.hidden / link.product
+    product = 6 * layer.tokens * layer.width / link.product  # a forward's, for each channel; a backward's are two
+    products = 3 * product * (layer.active * layer.hidden + layer.shared)
+    sent, gathered = layer.tokens * met * away * row / link.exchange, layer.tokens * (ep - 1) * row / link.gather
+    hidden = {way: min(way, product * layer.shared) + min(way, 2 * product * layer.shared) for way in (sent, gathered)}
     return {
-        "all_to_all": 4 * layer.tokens * met * away * row / link.exchange + 9 * link.latency,
-        "all_gather": 4 * layer.tokens * (ep - 1) * row / link.gather + 6 * link.latency,
+        "all_to_all": 4 * sent - hidden[sent] + 9 * link.latency,
+        "all_gather": 4 * gathered - hidden[gathered] + 6 * link.latency,
         "weight_gather": max(0.0, (2 * layer.itemsize + 4) * more / link.gather - products),
     }
 

@@ -29,6 +29,16 @@ def test_bytes_are_those_of_the_layer() -> None:
     assert seconds(QWEN, 8, 1, apart)["all_to_all"] - found["all_to_all"] == pytest.approx(9e-3)
 
 
+def test_a_shared_expert_hides_what_goes_there() -> None:
+    """Half of a short exchange, in both directions, and of a long one what the products last."""
+    layer, fast = replace(QWEN, shared=768), replace(NVLINK, product=500e12)
+    for kind in ("all_to_all", "all_gather"):
+        whole = seconds(QWEN, 8, 1, fast)[kind]
+        lasts = 18 * 16384 * 2048 * 768 / 500e12
+        assert seconds(layer, 8, 1, fast)[kind] == pytest.approx(whole - lasts)
+        assert seconds(replace(layer, shared=1 << 20), 8, 1, fast)[kind] == pytest.approx(whole / 2)
+
+
 def test_experts_that_are_gathered_anyhow_cost_their_rest() -> None:
     """Sharded over two ranks besides, three quarters come instead of a quarter."""
     weights = 3 * 128 * 2048 * 768
