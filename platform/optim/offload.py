@@ -90,7 +90,10 @@ class Offloaded:
         self._going.clear()
         begin = self._queues.now()
         self._span = [begin]
-        self._ready = [store.update(numbers, rate, begin) for store in self._stores]
+        # The CPU has most to do, and waits for gradients alone: these leave before any state does.
+        order = sorted(self._stores, key=lambda store: not isinstance(store, Cores))
+        begun = {id(store): store.update(numbers, rate, begin) for store in order}
+        self._ready = [begun[id(store)] for store in self._stores]
         for piece in self.window.first:  # the next update's first pieces come while the model computes
             piece.fetch()
 

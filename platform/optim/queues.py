@@ -9,8 +9,8 @@ from weakref import finalize
 import torch
 from torch import Tensor
 
-Queue = Literal["in", "update", "out", "take", "send"]
-"""State comes in, is updated, goes out; gradients come to the CPU, and weights are sent from it."""
+Queue = Literal["in", "update", "out", "send"]
+"""State comes in, is updated, goes out, as gradients do that the CPU waits for, which sends weights."""
 
 Mark = Any
 """A point in a queue that other work can wait for; None: it is reached."""

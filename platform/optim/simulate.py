@@ -100,7 +100,8 @@ class _Task:
 class _Player:
     """Lanes take what is possible, lowest subgroup first, and are not interrupted.
 
-    Only the gpu takes streamed subgroups before resident ones: the link waits for their buffers.
+    But the gpu takes streamed subgroups before resident ones, as the link waits for their buffers, and the link up the
+    gradients that the CPU waits for before the state of streamed ones.
     """
 
     def __init__(
@@ -149,7 +150,8 @@ class _Player:
                 self.free -= lane == "h2d" and self.places[what] == "streamed"
 
     def _wait(self, lane: Kind, what: int) -> None:
-        heapq.heappush(self.waiting[lane], (lane == "gpu" and self.places[what] == "resident", what))
+        last: Place | None = {"gpu": "resident", "d2h": "streamed"}.get(lane)
+        heapq.heappush(self.waiting[lane], (last is not None and self.places[what] == last, what))
 
     def _may(self, lane: Kind, what: int) -> bool:
         if lane == "forward":

@@ -325,7 +325,7 @@ class Cores:
             for mine, gradient in zip([self._numbers, *self._gradients], [numbers, *gradients], strict=True):
                 mine.copy_(gradient.float(), non_blocking=True)
 
-        come = self._queues.run("take", fetch, [begin], [numbers])
+        come = self._queues.run("out", fetch, [begin], [numbers])
         self._pending = self._thread.submit(self._step, come, rate)
         sent: list[Mark] = []
 
