@@ -7,9 +7,10 @@ order and the cost of it are those of `simulate` and `cost`.
 """
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -90,9 +91,7 @@ class Offloaded:
         self._going.clear()
         begin = self._queues.now()
         self._span = [begin]
-        # The CPU has most to do, and waits for gradients alone: these leave before any state does.
-        order = sorted(self._stores, key=lambda store: not isinstance(store, Cores))
-        begun = {id(store): store.update(numbers, rate, begin) for store in order}
+        begun = {id(store): store.update(numbers, rate, begin) for store in _one_ahead(self._stores)}
         self._ready = [begun[id(store)] for store in self._stores]
         for piece in self.window.first:  # the next update's first pieces come while the model computes
             piece.fetch()
@@ -144,6 +143,18 @@ class Offloaded:
         self._ready = []
         for store in self._stores:
             store.restored()
+
+
+def _one_ahead(stores: Sequence[Store]) -> Iterator[Store]:
+    """In forward order, but each unit of the CPU in the place of its unit before: its gradients leave before the state
+    of the streamed units between, and are there when the CPU is done with the one before."""
+    cores = iter([store for store in stores if isinstance(store, Cores)])
+    yield from islice(cores, 1)
+    for store in stores:
+        if isinstance(store, Cores):
+            yield from islice(cores, 1)
+        else:
+            yield store
 
 
 def units_of(

@@ -100,8 +100,8 @@ class _Task:
 class _Player:
     """Lanes take what is possible, lowest subgroup first, and are not interrupted.
 
-    But the gpu takes streamed subgroups before resident ones, as the link waits for their buffers, and the link up the
-    gradients that the CPU waits for before the state of streamed ones.
+    But the gpu takes streamed subgroups before resident ones, as the link waits for their buffers, and the link takes
+    gradients for the CPU when it is the turn of the CPU's subgroup before.
     """
 
     def __init__(
@@ -117,8 +117,10 @@ class _Player:
         if window < 1:
             raise ValueError(f"window={window}: must be at least 1, or nothing can be streamed")
         self.sizes, self.places, self.codec, self.rates, self.layers = sizes, places, codec, rates, layers
-        self.waiting: dict[Kind, list[tuple[bool, int]]] = {"h2d": [], "gpu": [], "d2h": [], "cpu": [], "forward": []}
-        """Heaps: what comes first is False."""
+        cores = [what for what, place in enumerate(places) if place == "cpu"]
+        self.ahead = dict(zip(cores, [-1, *cores], strict=False))
+        self.waiting: dict[Kind, list[tuple[int, int]]] = {"h2d": [], "gpu": [], "d2h": [], "cpu": [], "forward": []}
+        """Heaps: turn, and subgroup or layer."""
         self.free = window
         """Buffers that hold nothing."""
         first: dict[Place, Kind] = {"resident": "gpu", "streamed": "h2d", "cpu": "d2h"}
@@ -150,8 +152,12 @@ class _Player:
                 self.free -= lane == "h2d" and self.places[what] == "streamed"
 
     def _wait(self, lane: Kind, what: int) -> None:
-        last: Place | None = {"gpu": "resident", "d2h": "streamed"}.get(lane)
-        heapq.heappush(self.waiting[lane], (last is not None and self.places[what] == last, what))
+        turn = what
+        if lane == "gpu" and self.places[what] == "resident":
+            turn += len(self.places)
+        elif lane == "d2h" and self.places[what] == "cpu":
+            turn = self.ahead[what]
+        heapq.heappush(self.waiting[lane], (turn, what))
 
     def _may(self, lane: Kind, what: int) -> bool:
         if lane == "forward":
