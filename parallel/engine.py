@@ -192,7 +192,7 @@ class Engine:
         if tp > 1 and mine.places is None:  # a rank's part of the tokens is no row any more
             mine = replace(mine, places=mine.numbered(), whole=mine.shape)
         if self._dispatcher is not None:
-            self._dispatcher.expect(mine.tokens.numel() // tp)
+            self._dispatcher.expect(mine.tokens.numel() // tp, *mine.shape)
         return mine
 
     def sum(self, value: Tensor) -> Tensor:

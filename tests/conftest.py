@@ -38,6 +38,7 @@ while line := sys.stdin.readline():
     task = json.loads(line)
     os.dup2(os.open(task["said"], os.O_WRONLY | os.O_CREAT), 1)
     os.dup2(1, 2)
+    os.environ.clear()  # of what another test had set when this process began
     os.environ.update(task["environment"])
     os.chdir(task["folder"])
     spec = importlib.util.spec_from_file_location("ranks_under_test", task["file"])
@@ -53,6 +54,8 @@ while line := sys.stdin.readline():
 """
 _LIMIT = 240
 """Seconds."""
+_PLACE = {"PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+_PLACE |= {"PYTHONFAULTHANDLER": "1"}  # who dies in native code says where
 
 
 class _Rank:
@@ -62,11 +65,9 @@ class _Rank:
     """
 
     def __init__(self) -> None:
-        place = {"PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
-        place |= {"PYTHONFAULTHANDLER": "1"}  # who dies in native code says where
         self.process = subprocess.Popen(
             [sys.executable, "-c", _RANK],
-            env={**os.environ, **place},
+            env={**os.environ, **_PLACE},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -96,16 +97,20 @@ def _start(ranks: list[_Rank], world: int, task: dict[str, Any], out: Path) -> l
     """(exit code, output) of each rank that failed."""
     ranks += [_Rank() for _ in range(len(ranks), world)]
     said = [out / f"{rank}.txt" for rank in range(world)]
-    for rank in range(world):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-        # They meet in a file: a port that is free when it is asked for may be another test's when it is used.
-        ranks[rank].start({**task, "environment": {**os.environ, **place}, "said": str(said[rank]), "out": str(out)})
     deadline = time.monotonic() + _LIMIT
     try:
+        for rank in range(world):
+            place = {**_PLACE, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+            # They meet in a file: a port that is free when it is asked for may be another test's when it is used.
+            ranks[rank].start(
+                {**task, "environment": {**os.environ, **place}, "said": str(said[rank]), "out": str(out)}
+            )
         codes = [ranks[rank].ended(deadline) for rank in range(world)]
-    except BaseException:
+    except BaseException as error:
         while ranks:
             ranks.pop().end()
+        for rank, text in enumerate(said):
+            error.add_note(f"rank {rank}: {text.read_text()[-4000:] if text.exists() else 'nothing'}")
         raise
     return [(code, text.read_text()) for code, text in zip(codes, said, strict=True) if code]
 

@@ -15,10 +15,13 @@ GRAINS = 1 << 12
 is left to rounding would differ from mesh to mesh."""
 
 
-def most(whole: tuple[int, int], active: int, experts: int, factor: float) -> int:
-    """What an expert takes of a micro-batch at most, whole: its rows and their length."""
-    rows, length = whole
-    return rows * ceil(length * active * factor / experts)
+NEAR = 1e-9
+"""What is that little above a whole number of visits is rounding, not another visit."""
+
+
+def most(rows: int, length: int, *, active: int, experts: int, factor: float) -> int:
+    """What an expert takes at most of rows of such a length."""
+    return rows * ceil(length * active * (factor / experts) - NEAR)
 
 
 def within(
@@ -54,6 +57,7 @@ def within(
     line = every(place).flatten().sort().values
     bounds = torch.arange(rows + 1, device=line.device) * (experts * span)
     visits = torch.searchsorted(line, bounds).diff()  # of each row
-    room = (visits.double() * factor / experts).ceil().long()
+    # A product with one number is the same on every device; a quotient by one is not.
+    room = (visits.double() * (factor / experts) - NEAR).ceil().long()
     before = torch.searchsorted(line, place) - torch.searchsorted(line, seat.clamp(min=0) * span)
     return torch.where(there & (before >= room[row.clamp(min=0)]), -1, chosen)

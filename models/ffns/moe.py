@@ -181,7 +181,7 @@ class MoeFfn(Routed):
         room, config = None, self.config
         if config.capacity is not None:
             chosen = self._within(wanted, probability, numbers, whole)
-            room = most(whole, config.active, config.experts, config.capacity)
+            room = partial(most, active=config.active, experts=config.experts, factor=config.capacity)
         beside = None if self.shared is None else partial(self._beside, x)
         out = self.experts(Visits(tokens, chosen, probability, room), beside).view_as(x)
         return out, self._tally(logits, wanted, chosen, documents, len(x))

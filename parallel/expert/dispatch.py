@@ -49,15 +49,16 @@ class Visits(NamedTuple):
     """N K int32 of all E experts, other numbers for nobody."""
     probability: Tensor
     """N K."""
-    most: int | None = None
-    """As many of these tokens choose one expert, and no more; None: all may."""
+    most: Callable[[int, int], int] | None = None
+    """How many tokens choose one expert at most, of so many rows of such a length; None: all may."""
 
 
 class Dispatcher(Protocol):
     """What a layer of experts receives."""
 
-    def expect(self, tokens: int) -> None:
-        """Told before each forward, on all ranks, how many tokens this rank's layers will see."""
+    def expect(self, tokens: int, rows: int, length: int) -> None:
+        """Told before each forward, on all ranks, how many tokens this rank's layers will see, and of which whole
+        rows."""
 
     def run(self, visits: Visits, w13: Tensor, w2: Tensor, beside: Beside | None = None) -> Tensor:
         """What each of this rank's tokens makes of its chosen experts, plus what `beside` finds: N D.
@@ -88,29 +89,29 @@ class Local:
 
     def __init__(self, axes: Axes = Axes()) -> None:
         self.axes = axes
-        self._most = 0
+        self._tokens, self._rows, self._length = 0, 0, 0
 
-    def expect(self, tokens: int) -> None:
+    def expect(self, tokens: int, rows: int, length: int) -> None:
         if self.ragged and self.axes.etp is None:
             return
-        most = torch.tensor(tokens)
+        most = torch.tensor((tokens, rows, length))
         if self.axes.hosts is not None:
             dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.axes.hosts.handle)
-        self._most = int(most)
+        self._tokens, self._rows, self._length = most.tolist()
 
     def run(self, visits: Visits, w13: Tensor, w2: Tensor, beside: Beside | None = None) -> Tensor:
         tokens, chosen, probability, most = visits
         if tokens.is_meta:  # to be measured: as many tokens come as go
             return _sum(*Local._meet(self, visits, w13, w2, beside))
         count = len(tokens)
-        if missing := max(0, self._most - count):
+        if missing := max(0, self._tokens - count):
             tokens, probability = (F.pad(x, (0, 0, 0, missing)) for x in (tokens, probability))
             chosen = F.pad(chosen, (0, 0, 0, missing), value=-1)
         if (etp := self.axes.etp) is None:
             found, extra = self._meet(Visits(tokens, chosen, probability, most), w13, w2, beside)
             return _sum(found[:count], extra)
         tokens, probability = (gather(x.unsqueeze(0), etp).squeeze(0) for x in (tokens, probability))
-        chosen, most = gather_rows(chosen, etp).flatten(0, 1), None if most is None else most * etp.size
+        chosen = gather_rows(chosen, etp).flatten(0, 1)
         found, extra = self._meet(Visits(tokens, chosen, probability, most), w13, w2, beside)
         return _sum(scatter(found.unsqueeze(0), etp).squeeze(0)[:count], extra)
 

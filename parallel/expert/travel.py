@@ -146,12 +146,17 @@ class Exchanged(Travelling):
         ranks, rides = self.ep.size, []
         for tokens, chosen, _, most in chunks:
             count, k = len(tokens), chosen.shape[1]
-            visits = count * min(k, experts) if most is None else experts * min(count, most)  # of one other rank's
+            visits = count * min(k, experts)  # that a rank's tokens pay to another one's experts
+            if most is not None:  # rows of all ranks are no more and no longer
+                held = 1 if self.axes.etp is None else self.axes.etp.size
+                visits = experts * min(count, held * most(self._rows, self._length))
             room = min(count, visits)
             owner = _once(chosen.div(experts, rounding_mode="floor"))
             order = sort(owner, ranks)
-            begin = F.pad(order.ends[:-1], (1, 0))[owner.clamp(0, ranks - 1)]
-            seat = torch.where((owner >= 0) & (owner < ranks), owner * room + order.places - begin, ranks * room)
+            seat = order.places - F.pad(order.ends[:-1], (1, 0))[owner.clamp(0, ranks - 1)]
+            sits = (owner >= 0) & (owner < ranks)
+            nowhere = ranks * room + (sits & (seat >= room)).int()  # where a bound was none: an error, not silence
+            seat = torch.where(sits & (seat < room), owner * room + seat, nowhere)
             numbers = torch.arange(seat.numel(), dtype=torch.int32, device=seat.device)
             rows = seat.new_full((ranks * room + 1,), -1).scatter_(0, seat.flatten().long(), numbers)[:-1]
             seats = Order(rows, seat, seat.new_full((1,), ranks * room))

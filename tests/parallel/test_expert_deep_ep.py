@@ -270,7 +270,7 @@ def passed(axes: Axes, kind: Any, idle: bool, kept: float | None, stored: bool) 
     for name, weight in (("w13", w13), ("w2", w2), ("shared", shared)):
         setattr(layer, name, nn.Parameter(weight.clone()))
     leaves = [x.requires_grad_(), probability.requires_grad_(), *layer.parameters()]
-    dispatcher.expect(count)
+    dispatcher.expect(count, 1, count)
     LOG.clear()
     out = layer.forward(x, chosen, probability)
     LOG.append("back")

@@ -16,6 +16,7 @@ from farspan.models.ffns import Moe
 from farspan.parallel.comm import Group
 from farspan.parallel.context.shard import Documents
 from farspan.parallel.expert import AllGather, AllToAll, Axes, Local, Visits, travel
+from farspan.parallel.mesh import Mesh, Parallel
 
 TOKENS, WIDTH, HIDDEN, EXPERTS, ACTIVE = 13, 6, 5, 4, 3
 
@@ -54,20 +55,31 @@ def noted(kinds: list[tuple[dict[str, Any], int | None]]) -> list[Any]:
     for kind, most in kinds:
         log: list[str] = []
         sizes: list[int] = []
-        chosen = wanted if most is None else first_visits(wanted, most)
+        chosen = wanted if most in (None, -1) else first_visits(wanted, most)
         gathers = kind == {"gathered": True}
         dispatcher = (AllGather() if gathers else AllToAll(**kind)).build(Axes(ep=group))
-        dispatcher.expect(TOKENS)
+        dispatcher.expect(TOKENS, 1, TOKENS)
         leaves = [x.clone().requires_grad_() for x in (tokens, probability, *mine)]
         beside = partial(_Noted.apply, leaves[0], log)
         with logged(dispatcher, log, sizes):
-            out = dispatcher.run(Visits(leaves[0], chosen, leaves[1], most), *leaves[2:], beside)
+            at_most = None if most is None else partial(_at_most, most)
+            out = dispatcher.run(
+                Visits(leaves[0], chosen, leaves[1], at_most),
+                *leaves[2:],
+                beside,
+            )
             log.append("back")
             found = [out.detach(), *torch.autograd.grad(out, leaves, given(7)[0])]
         waits = dispatcher.waited()
         assert waits is not None and dispatcher.waited().seconds() == 0  # type: ignore[union-attr]
         results.append((" ".join(log), sizes, found, waits.seconds()))
     return results
+
+
+def _at_most(most: int, rows: int, length: int) -> int:
+    """-1: what is not so."""
+    assert (rows, length) == (1, TOKENS)
+    return 1 if most < 0 else most
 
 
 def first_visits(chosen: Tensor, most: int) -> Tensor:
@@ -127,6 +139,46 @@ def test_tokens_travel_while_a_rank_works(ranks: Any) -> None:
     assert not any(torch.equal(a, b) for a, b in zip(plain[None], plain[3], strict=True))
 
 
+def uneven(kinds: list[dict[str, Any]], etp: int) -> list[list[Tensor]]:
+    """Rank by rank one row more, of 6 tokens, of which 2 choose an expert: results and gradients of each kind."""
+    torch.set_default_dtype(torch.float64)
+    control = dist.new_group(backend="gloo")
+    axes = Mesh(Parallel(ep=2, etp=etp).sizes(2 * etp), torch.device("cpu"), control).expert_axes
+    rank, results = dist.get_rank(), []
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(rank))
+    rows = rank + 1
+    chosen = torch.tensor([[0], [1], [2], [3], [0], [1]], dtype=torch.int32).repeat(rows, 1)
+    chosen[chosen == rank] = 2  # 4 of these in a row, in which the last two stay away
+    chosen[4::6], chosen[5::6] = -1, -1
+    leaves = [draw(6 * rows, WIDTH), torch.rand(6 * rows, 1), draw(2, 2, HIDDEN, WIDTH), draw(2, WIDTH, HIDDEN)]
+    upstream = draw(6 * rows, WIDTH)
+    for kind in kinds:
+        dispatcher = AllToAll(**kind).build(axes)
+        dispatcher.expect(6 * rows, rows, 6)
+        inputs = [x.detach().requires_grad_() for x in leaves]
+        out = dispatcher.run(Visits(inputs[0], chosen, inputs[1], _two_of_a_row), *inputs[2:])
+        results.append([out.detach(), *torch.autograd.grad(out, inputs, upstream)])
+    return results
+
+
+def _two_of_a_row(rows: int, length: int) -> int:
+    assert length == 6
+    return 2 * rows
+
+
+@pytest.mark.parametrize("etp", [1, pytest.param(2, marks=pytest.mark.laws)])
+def test_ranks_with_other_rows_agree_how_much_room_there_is(ranks: Any, etp: int) -> None:
+    for plain, *padded in ranks(2 * etp, uneven, kinds=[{}, {"padded": True}, {"padded": True, "chunks": 2}], etp=etp):
+        for found in padded:
+            for ours, wanted in zip(found, plain, strict=True):
+                torch.testing.assert_close(ours, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_a_bound_that_is_none_is_no_secret(ranks: Any) -> None:
+    with pytest.raises(AssertionError, match="out of bounds"):
+        ranks(2, noted, kinds=[({"padded": True}, -1)])
+
+
 def test_chunks_are_at_least_one() -> None:
     with pytest.raises(ValueError, match="chunks=0: must be at least 1"):
         AllToAll(chunks=0)
@@ -170,7 +222,7 @@ def test_gpu_host_waits_once_for_counts_or_never() -> None:
         outs = {}
         for name, dispatcher in kinds.items():
             layer.experts.dispatcher = dispatcher
-            dispatcher.expect(1024)
+            dispatcher.expect(1024, 2, 512)
             outs[name] = layer(x, Documents())[0].detach()
             waits = host_waits(lambda: layer(x, Documents())[0])
             assert waits == (["cudaEventSynchronize"] if name in ("sent", "chunks") else []), (name, waits)
