@@ -24,8 +24,9 @@ def settled(job: Job, mesh: Mesh, folder: Path, compute: torch.dtype, say: Calla
     sizes, axes = mesh.sizes, mesh.expert_axes if job.model.routes and mesh.sizes.ep > 1 else None
     if not isinstance(job.parallel.dispatch, Auto) or axes is None or axes.ep is None:
         return job, mesh
-    layers = _layers(job, mesh, compute)
+    layers, room = _layers(job, mesh, compute), _room(mesh)
     where = f"ep={sizes.ep} shard={sizes.expert_shard} on {mesh.device.type}, {sum(x.tokens for x in layers)} tokens"
+    where += f", {room / 1e9:.0f} GB" if room else ""
     kept = [choices.kept(folder).get("dispatch")]
     dist.broadcast_object_list(kept, src=0, group=mesh.control)
     known: dict[str, str] = kept[0] if isinstance(kept[0], dict) else {}
@@ -33,7 +34,7 @@ def settled(job: Job, mesh: Mesh, folder: Path, compute: torch.dtype, say: Calla
     if picked not in auto.KINDS:
         hosts = Group(mesh.control)
         link = auto.measure(axes.ep, mesh.device, compute, hosts)
-        picked, why = auto.pick(layers, sizes.ep, sizes.expert_shard, link, *_memory(job, mesh))
+        picked, why = auto.pick(layers, sizes.ep, sizes.expert_shard, link, _needs(job, mesh) if room else None, room)
         say(why)
         if hosts.rank == 0:
             choices.keep(folder, "dispatch", {**known, where: picked}, say)
@@ -46,13 +47,18 @@ def _under(job: Job, kind: str) -> Job:
     return replace(job, parallel=replace(job.parallel, dispatch=auto.KINDS[kind]))
 
 
-def _memory(job: Job, mesh: Mesh) -> tuple[dict[str, int] | None, int]:
-    """Bytes that a rank is planned to hold under each kind, and those of the smallest device, where they are known."""
+def _room(mesh: Mesh) -> int:
+    """Bytes of the smallest device; 0: not known."""
     if mesh.device.type != "cuda":
-        return None, 0
+        return 0
     room = torch.tensor(torch.cuda.get_device_properties(mesh.device).total_memory)
     dist.all_reduce(room, op=dist.ReduceOp.MIN, group=mesh.control)
-    return {kind: plan(_under(job, kind), mesh.sizes.world, "cuda").memory.total for kind in auto.KINDS}, int(room)
+    return int(room)
+
+
+def _needs(job: Job, mesh: Mesh) -> dict[str, int]:
+    """Bytes that a rank is planned to hold under each kind."""
+    return {kind: plan(_under(job, kind), mesh.sizes.world, "cuda").memory.total for kind in auto.KINDS}
 
 
 def _layers(job: Job, mesh: Mesh, compute: torch.dtype) -> dict[auto.Layer, int]:

@@ -93,8 +93,9 @@ def predict(
 
     sizes: parameters of subgroups in forward order. forward_seconds: of a whole pass, spread evenly over them.
     prefetched: the stream's first window came during the backward pass. piece: bytes of one of its buffers; larger
-    subgroups come in several. With many subgroups this is what `simulate` plays, within a few percent:
-    tests/platform/test_placement.py. ValueError: places do not fit sizes or rates.
+    subgroups come in several. With hundreds of subgroups this is what `simulate` plays, within a few percent
+    (tests/platform/test_placement.py); with a few dozen, and the CPU's among them, it may be a third short. ValueError:
+    places do not fit sizes or rates.
     """
     if len(sizes) != len(places):
         raise ValueError(f"placement: {len(places)} places for {len(sizes)} subgroups; choose anew")

@@ -14,7 +14,7 @@ from farspan.launch import runner
 from farspan.models.ffns import Moe
 from farspan.parallel.expert.auto import KINDS
 from farspan.platform import config
-from farspan.platform.dispatching import _memory
+from farspan.platform.dispatching import _needs, _room
 from farspan.platform.plan import Memory, plan
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -89,8 +89,8 @@ def test_auto_knows_what_a_gpu_would_hold(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * 10**9))
     monkeypatch.setattr(dist, "all_reduce", lambda *_, **__: None)
     mesh = SimpleNamespace(device=torch.device("cuda"), sizes=job.parallel.sizes(2), control=None)
-    needs, room = _memory(job, mesh)  # type: ignore[arg-type]
-    assert room == 80 * 10**9 and needs is not None and set(needs) == set(KINDS)
+    needs = _needs(job, mesh)  # type: ignore[arg-type]
+    assert _room(mesh) == 80 * 10**9 and set(needs) == set(KINDS)  # type: ignore[arg-type]
     assert needs["all_to_all"] == plan(job, 2, "cuda").memory.total < min(needs["all_gather"], needs["weight_gather"])
     mesh.device = torch.device("cpu")
     assert _memory(job, mesh) == (None, 0)  # type: ignore[arg-type]
