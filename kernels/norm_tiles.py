@@ -21,6 +21,8 @@ BACKWARD = Pace(tile=2048, lanes=16, resident=8192)
 STRAIGHT = 2048, 8192
 """Widths from and to which a forward has a program for every row: new ones come as fast as others end, and reach 0.97
 to 0.99 of a copy on an H200, where programs that walk reach 0.85 to 0.90."""
+MANY = 1 << 31
+"""Programs, of which no launch has so many."""
 WIDEST_FORWARD = 16384
 WIDEST_COLUMNS = 8192
 WIDEST_RMS = 16384
@@ -194,13 +196,15 @@ def launch_forward(
     if width > WIDEST_FORWARD:
         _forward_wide[(count,)](*arguments, *sizes, eps=eps, width=width, centred=centred, b_d=BLOCK, num_warps=8)
         return
-    way = walk(FORWARD, width, _entry(x, branch), x.device)
-    programs = tiles = -(-count // way.b_r)
-    if STRAIGHT[0] <= width <= STRAIGHT[1]:
-        way = replace(way, stages=1)
-    else:
-        programs = min(way.slots, tiles)
+    way = forward_walk(width, _entry(x, branch), x.device)
+    programs = min(way.slots, -(-count // way.b_r))
     _walk(way, programs, (*arguments, None, None, *sizes), eps=eps, width=width, centred=centred)
+
+
+def forward_walk(width: int, entry: int, device: torch.device) -> Walk:
+    """The walk of a forward; entry: bytes of loads for each entry of a row."""
+    way = walk(FORWARD, width, entry, device)
+    return replace(way, stages=1, slots=MANY) if STRAIGHT[0] <= width <= STRAIGHT[1] else way
 
 
 def _walk(way: Walk, programs: int, arguments: tuple[Any, ...], *, eps: float, width: int, centred: bool) -> None:

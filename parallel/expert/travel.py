@@ -38,10 +38,10 @@ class _Trip:
     there: Start
     back: Start
     """Rows of guests become rows of those who sent them."""
-    room: int | None
+    room: int | None = None
     """Visits of this rank's experts at most; None: guests may all visit all they can."""
-    home: Callable[[Tensor], Tensor]
-    """What came back -> N D, of the tokens that left."""
+    home: Callable[[Tensor], Tensor] | None = None
+    """What came back -> N D, of the tokens that left; None: it is that."""
 
 
 class Travelling(Local):
@@ -59,7 +59,10 @@ class Travelling(Local):
         trips = self._leave(self._chunks(visits), len(w13))
         extra = None if beside is None else beside()
         homewards = [self._work(trip, w13, w2) for trip in trips]
-        found = [trip.home(crossing.arrive()) for trip, crossing in zip(trips, homewards, strict=True)]
+        found = [
+            crossing.arrive() if trip.home is None else trip.home(crossing.arrive())
+            for trip, crossing in zip(trips, homewards, strict=True)
+        ]
         return torch.cat(found) if len(found) > 1 else found[0], extra
 
     def _leave(self, chunks: Sequence[Visits], experts: int) -> list[_Trip]:
@@ -76,6 +79,12 @@ class Travelling(Local):
         sizes = [end - begin for begin, end in pairwise(ends)]
         parts = zip(tokens.split(sizes), chosen.split(sizes), probability.split(sizes), strict=True)
         return [Visits(*part, most=most) for part in parts]
+
+    def _departed(self, visits: Visits, there: Start, back: Start) -> _Trip:
+        """visits: as they travel. Wishes go first: they are put in order while tokens are under way."""
+        wishes = there(visits.chosen)
+        share, tokens = (Crossing(x, there, back, self.clock) for x in (visits.probability, visits.tokens))
+        return _Trip(tokens=tokens, share=share, wishes=wishes, there=there, back=back)
 
     def _work(self, trip: _Trip, w13: Tensor, w2: Tensor) -> "Crossing":
         """What the guests of this rank make of its experts, on its way back."""
@@ -94,18 +103,7 @@ class Gathered(Travelling):
 
     def _leave(self, chunks: Sequence[Visits], experts: int) -> list[_Trip]:
         there, back = (partial(start, size=self.ep.size, name=self.ep.name) for start in (_gather, _sum))
-        return [
-            _Trip(
-                tokens=Crossing(visits.tokens, there, back, self.clock),
-                share=Crossing(visits.probability, there, back, self.clock),
-                wishes=there(visits.chosen),
-                there=there,
-                back=back,
-                room=None,
-                home=_here,
-            )
-            for visits in chunks
-        ]
+        return [self._departed(visits, there, back) for visits in chunks]
 
 
 class Exchanged(Travelling):
@@ -169,15 +167,9 @@ class Exchanged(Travelling):
         there = partial(_exchange, sent=sent, received=received, name=name)
         back = partial(_exchange, sent=received, received=sent, name=name)
         wishes = chosen[rows.clamp(min=0).long().div(chosen.shape[1], rounding_mode="floor")]
-        return _Trip(
-            tokens=Crossing(permute(tokens, ride.order), there, back, self.clock),
-            share=Crossing(permute(probability, ride.order), there, back, self.clock),
-            wishes=there(torch.where(rows.unsqueeze(1) < 0, -1, wishes)),
-            there=there,
-            back=back,
-            room=ride.room,
-            home=partial(unpermute, order=ride.order),
-        )
+        wishes = torch.where(rows.unsqueeze(1) < 0, -1, wishes)
+        leaving = Visits(permute(tokens, ride.order), wishes, permute(probability, ride.order))
+        return replace(self._departed(leaving, there, back), room=ride.room, home=partial(unpermute, order=ride.order))
 
 
 @dataclass(frozen=True)
@@ -191,10 +183,6 @@ class _Ride:
     """Seats for each rank, and from each."""
     room: int
     """Visits that those who come pay to experts, at most."""
-
-
-def _here(x: Tensor) -> Tensor:
-    return x
 
 
 def _once(owner: Tensor) -> Tensor:

@@ -53,9 +53,11 @@ def test_a_long_run_of_a_large_model_fits() -> None:
 def test_the_report_shows_it(tmp_path: Path) -> None:
     journal = Journal(tmp_path, 0)
     line = {"step": 1, "loss": 1.0, "load_max": 1.5, "load_entropy": 0.9, "router_cost": 0.1, "dropped": 0.2}
+    line["exchange_seconds"] = 0.1
     journal.write(line)
     journal.close()
     page = report([tmp_path]).read_text()
-    assert 'id="load_entropy"' in page and 'id="dropped"' in page and '<img class="heat"' not in page
+    assert all(f'id="{key}"' in page for key in ("load_entropy", "dropped", "exchange_seconds"))
+    assert '<img class="heat"' not in page
     LoadJournal(tmp_path).write(row(1, [0, 2]))
     assert '<img class="heat"' in report([tmp_path]).read_text()
