@@ -13,9 +13,10 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from farspan.kernels.random import Normal
 from farspan.parallel import fsdp, recompute, tensor
+from farspan.parallel.clock import Waits
 from farspan.parallel.context import Runtime
 from farspan.parallel.context.shard import Batch
-from farspan.parallel.expert import Dispatcher, Waits
+from farspan.parallel.expert import Dispatcher
 from farspan.parallel.fsdp import local
 from farspan.parallel.lane import lane_to
 from farspan.parallel.mesh import Gather, Mesh

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from farspan.models.ffns.router import evenness
+from farspan.parallel.clock import Mark, Waits, between, now
 from farspan.parallel.engine import Engine
-from farspan.parallel.expert import Waits
 from farspan.platform.loads import Loads
 from farspan.platform.metrics import Line
 
@@ -52,7 +52,7 @@ class _Step:
     """loss, gradient norm, this rank's part of the loss, and `more`; fp64 on the device."""
     more: tuple[str, ...]
     """Names of other numbers of the step."""
-    end: "float | torch.cuda.Event"
+    end: Mark
     waits: Waits | None
 
 
@@ -68,7 +68,7 @@ class Recorder:
         self.loads: Loads | None = None
         """How full experts were in the steps flushed last; None without experts."""
         self._loads: list[Tensor] = []
-        self.mark: float | torch.cuda.Event = self._now()
+        self.mark: Mark = now(device)
 
     def note(
         self,
@@ -90,14 +90,15 @@ class Recorder:
         values = torch.stack([value.double() for value in (loss, norm, part, *more.values())])
         self._loads = [a + b for a, b in zip(self._loads, loads, strict=True)] if self._loads else list(loads)
         numbers = {"rate": rate, "tokens": tokens, "total": total, "flops": flops}
-        self.steps.append(_Step(step=step, **numbers, values=values, more=tuple(more), end=self._now(), waits=waits))  # type: ignore[arg-type]
+        rest = {"more": tuple(more), "end": now(self.device), "waits": waits}
+        self.steps.append(_Step(step=step, **numbers, values=values, **rest))  # type: ignore[arg-type]
 
     def pause(self) -> Callable[[], None]:
         """Stops the clock of the next step; the returned function starts it again."""
         begun = time.perf_counter()
 
         def resume() -> None:
-            self.mark = self.mark + time.perf_counter() - begun if isinstance(self.mark, float) else self._now()
+            self.mark = self.mark + time.perf_counter() - begun if isinstance(self.mark, float) else now(self.device)
 
         return resume
 
@@ -109,7 +110,7 @@ class Recorder:
         lines: list[Line] = []
         self.parts = []
         for entry, (loss, norm, part, *more) in zip(self.steps, numbers, strict=True):
-            seconds = self._between(self.mark, entry.end)
+            seconds = max(between(self.mark, entry.end), 1e-9)
             self.mark = entry.end
             self.parts.append((entry.step, part))
             used = None if self.peak_flops is None else 3 * entry.flops / seconds / self.peak_flops
@@ -126,20 +127,6 @@ class Recorder:
             self.loads = Loads(first=self.steps[0].step, step=self.steps[-1].step, layers=layers)
         self.steps, self._loads = [], []
         return lines
-
-    def _now(self) -> "float | torch.cuda.Event":
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def _between(self, start: "float | torch.cuda.Event", end: "float | torch.cuda.Event") -> float:
-        if isinstance(start, float) or isinstance(end, float):
-            assert isinstance(start, float) and isinstance(end, float)
-            return max(end - start, 1e-9)
-        end.synchronize()
-        return max(start.elapsed_time(end) / 1e3, 1e-9)
 
     def _memory(self) -> float:
         """The most that this rank has held, in GB: of the GPU, or of the process on a CPU."""

@@ -2,7 +2,6 @@
 
 from typing import Annotated
 
-from farspan.parallel.expert.clock import Waits
 from farspan.parallel.expert.deepep import DeepEp
 from farspan.parallel.expert.dispatch import Auto, Axes, Beside, Dispatcher, Local, Visits, WeightGather
 from farspan.parallel.expert.travel import AllGather, AllToAll
@@ -20,6 +19,5 @@ __all__ = [
     "Dispatcher",
     "Local",
     "Visits",
-    "Waits",
     "WeightGather",
 ]

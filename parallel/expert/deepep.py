@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from farspan.kernels.permute import sort
+from farspan.parallel.clock import Clock, Waits
 from farspan.parallel.comm import Group
-from farspan.parallel.expert.clock import Clock, Waits
 from farspan.parallel.expert.dispatch import Axes, Beside, Dispatcher, Local, Visits, through
 from farspan.parallel.expert.travel import Crossing
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from farspan.kernels.expert_layer import expert_layer
 from farspan.kernels.grouped_gemm import grouped_mm
 from farspan.kernels.permute import Order, permute, sort, unpermute
+from farspan.parallel.clock import Waits
 from farspan.parallel.comm import Group, gather, gather_rows, scatter
-from farspan.parallel.expert.clock import Waits
 
 Beside = Callable[[], Tensor]
 """What a rank has to do for its tokens, N D, while they are with the experts of others."""
@@ -107,13 +107,13 @@ class Local:
         if missing := max(0, self._tokens - count):
             tokens, probability = (F.pad(x, (0, 0, 0, missing)) for x in (tokens, probability))
             chosen = F.pad(chosen, (0, 0, 0, missing), value=-1)
-        if (etp := self.axes.etp) is None:
-            found, extra = self._meet(Visits(tokens, chosen, probability, most), w13, w2, beside)
-            return _sum(found[:count], extra)
-        tokens, probability = (gather(x.unsqueeze(0), etp).squeeze(0) for x in (tokens, probability))
-        chosen = gather_rows(chosen, etp).flatten(0, 1)
+        if (etp := self.axes.etp) is not None:
+            tokens, probability = (gather(x.unsqueeze(0), etp).squeeze(0) for x in (tokens, probability))
+            chosen = gather_rows(chosen, etp).flatten(0, 1)
         found, extra = self._meet(Visits(tokens, chosen, probability, most), w13, w2, beside)
-        return _sum(scatter(found.unsqueeze(0), etp).squeeze(0)[:count], extra)
+        if etp is not None:
+            found = scatter(found.unsqueeze(0), etp).squeeze(0)
+        return _sum(found[:count], extra)
 
     def waited(self) -> Waits | None:
         return None

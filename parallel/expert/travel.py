@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from farspan.kernels.permute import Order, permute, sort, unpermute
+from farspan.parallel.clock import Clock, Waits
 from farspan.parallel.comm import Group
-from farspan.parallel.expert.clock import Clock, Waits
 from farspan.parallel.expert.dispatch import Axes, Beside, Dispatcher, Local, Visits, through
 
 _OPS = torch.ops._c10d_functional

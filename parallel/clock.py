@@ -1,4 +1,5 @@
-"""How long a rank waits for what others send: counted where it waits, so that what work hides is not in it."""
+"""Points in the time of a device, and how long a rank waits for what others send: counted where it waits, so that what
+work hides is not in it."""
 
 import time
 from collections.abc import Sequence
@@ -8,6 +9,25 @@ import torch
 from torch import Tensor
 
 Mark = float | torch.cuda.Event
+"""When a device had done all that it was told before."""
+
+
+def now(device: torch.device) -> Mark:
+    """A mark; nobody waits for it."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def between(begin: Mark, end: Mark) -> float:
+    """Seconds; the host waits until the device is there."""
+    if isinstance(begin, float) or isinstance(end, float):
+        assert isinstance(begin, float) and isinstance(end, float)
+        return end - begin
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
 
 
 @dataclass(frozen=True)
@@ -18,7 +38,7 @@ class Waits:
 
     def seconds(self) -> float:
         """Their sum, once the device has come so far."""
-        return sum(_between(begin, end) for begin, end in self.spans)
+        return sum(between(begin, end) for begin, end in self.spans)
 
 
 class Clock:
@@ -29,28 +49,12 @@ class Clock:
 
     def wait(self, pending: Tensor) -> Tensor:
         """What an exchange of functional collectives brings, when it is there."""
-        begin = _now(pending)
+        begin = now(pending.device)
         here: Tensor = torch.ops._c10d_functional.wait_tensor(pending)
-        self._spans.append((begin, _now(pending)))
+        self._spans.append((begin, now(pending.device)))
         return here
 
     def take(self) -> Waits:
         """The spans since they were taken last."""
         spans, self._spans = self._spans, []
         return Waits(spans)
-
-
-def _now(like: Tensor) -> Mark:
-    if not like.is_cuda:
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def _between(begin: Mark, end: Mark) -> float:
-    if isinstance(begin, float) or isinstance(end, float):
-        assert isinstance(begin, float) and isinstance(end, float)
-        return end - begin
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3
