@@ -74,7 +74,7 @@ OURS: dict[str, tuple[Adamw | Adamw8, float]] = {
     "adamw8, resident": (EIGHT, 0),
     "adamw8, streamed": (Adamw8(rate=RATE, betas=BETAS, offload=Streamed()), 3.7),
     "adamw, streamed": (HALVES, 10.5),
-    "adamw, interleaved, stride": (Adamw(rate=RATE, betas=BETAS, offload=Interleaved()), 18),
+    "adamw, interleaved, stride": (Adamw(rate=RATE, betas=BETAS, offload=Interleaved(pattern="stride")), 18),
     "adamw, interleaved, optimum": (Adamw(rate=RATE, betas=BETAS, offload=Interleaved(pattern="optimum")), 14),
 }
 """By setting: the optimizer, and about how many bytes of a parameter it keeps in host memory."""

@@ -1,4 +1,4 @@
-"""A causal decoder, described by a list of runs of equal blocks."""
+"""A language model, described by a list of runs of equal blocks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from farspan.kernels.random import Normal
 from farspan.models.block import Block, NormPlacement
-from farspan.models.ffns import Routed, Sparse
+from farspan.models.ffns import ExpertChoice, Routed, Sparse
 from farspan.models.ffns.router import RowSums, Scope, Tally, by_row
 from farspan.models.mixers.softmax import Angles, Softmax
 from farspan.models.norm import Layer, Norm, Rms
@@ -25,7 +25,7 @@ from farspan.parallel.tensor import Vocabulary, Whole
 
 @dataclass(frozen=True, kw_only=True)
 class Decoder:
-    """A causal language model of equal or different layers."""
+    """A language model of equal or different layers."""
 
     width: int
     """Channels of the residual stream."""
@@ -59,6 +59,11 @@ class Decoder:
         for i, block in enumerate(self.blocks):
             for problem in block.mixer.problems(self.width) if block.mixer else []:
                 raise ValueError(f"blocks.{i}.mixer.{problem}")
+            if isinstance(block.ffn, ExpertChoice) and self.causal:
+                raise ValueError(
+                    f"blocks.{i}.ffn.kind=expert_choice: experts choose among all tokens of a row, later ones too; "
+                    "set mixer.causal: false, or ffn.kind: moe"
+                )
         for problem in self.linear_problems(1):
             raise ValueError(problem)
 
@@ -88,6 +93,11 @@ class Decoder:
     @property
     def depth(self) -> int:
         return sum(block.repeat for block in self.blocks)
+
+    @property
+    def causal(self) -> bool:
+        """Whether no token sees a later one."""
+        return all(block.mixer.causal for block in self.blocks if block.mixer)
 
     @property
     def routes(self) -> bool:
@@ -156,8 +166,8 @@ class DecoderModel(nn.Module):
                     layer.share(ffn)
         self.vocabulary: Vocabulary = Whole()
         self.dispatcher: Dispatcher = Local()
-        self.routes = config.routes
-        """Whether `tell` and `settle` reach anybody."""
+        self.causal, self.routes = config.causal, config.routes
+        """Whether no token sees a later one; whether `tell` and `settle` reach anybody."""
         self.rotations = [layer.rotation for layer in layers]
         self.z_loss = config.z_loss
         self.so_far: Tensor | None = None

@@ -261,6 +261,8 @@ def _unlike_block(block: Block) -> Iterator[str]:
             yield f"mixer.softcap={mixer.softcap}: their scores are not capped"
         if mixer.sinks:
             yield "mixer.sinks=True: their softmax has none"
+        if not mixer.causal:
+            yield "mixer.causal=False: theirs are"
     if isinstance(ffn, Moe):
         own: Mapping[str, tuple[Any, Any]] = {
             "shared": (ffn.shared, 0),

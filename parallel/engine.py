@@ -189,7 +189,8 @@ class Engine:
     def _placed(self, batch: Batch) -> Batch:
         """This rank's part of the batch on the device, its rows as long as tp can cut them."""
         tp = self.mesh.sizes.tp
-        mine = self.context.cut(batch).padded(tp).to(self.mesh.device)
+        apart = not getattr(self.model, "causal", True)
+        mine = self.context.cut(batch).padded(tp, apart).to(self.mesh.device)
         if tp > 1 and mine.places is None:  # a rank's part of the tokens is no row any more
             mine = replace(mine, places=mine.numbered(), whole=mine.shape)
         if self._dispatcher is not None:

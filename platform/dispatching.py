@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from farspan.models.ffns import BlockFfn, Moe, Sparse
+from farspan.models.ffns import Moe, SmoeDropout, Sparse
 from farspan.parallel.comm import Group
 from farspan.parallel.expert import Auto, WeightGather, auto
 from farspan.parallel.mesh import Mesh
@@ -87,4 +87,4 @@ def _met(ffn: Sparse) -> int:
     """Experts that a token meets at most."""
     if isinstance(ffn, Moe):
         return ffn.active
-    return ffn.columns if isinstance(ffn, BlockFfn) else ffn.last
+    return ffn.last if isinstance(ffn, SmoeDropout) else ffn.columns

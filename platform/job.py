@@ -179,7 +179,32 @@ class Job:
         if self.train.evaluate and self.data.held_out == 0:
             place = "data.sources.0.data.held_out" if isinstance(self.data, Mixture) else "data.held_out"
             found.append(f"{place}=0: train.evaluate needs held-out documents; try 0.01, or evaluate: null")
+        found += self._sight_problems()
         return found + (self._one_way() if self.data.both_ways else [])
+
+    def _sight_problems(self) -> list[str]:
+        """What keeps tokens from being told from what the mixers show."""
+        if self.model.causal:
+            return (
+                []
+                if self.data.causal
+                else [
+                    "data.objective.kind=masked: hidden tokens are told from both sides, and "
+                    "every mixer looks back only; set model.blocks.0.mixer.causal=false, or another objective"
+                ]
+            )
+        found = []
+        if self.data.causal:
+            at = next(i for i, block in enumerate(self.model.blocks) if block.mixer and not block.mixer.causal)
+            found.append(
+                f"model.blocks.{at}.mixer.causal=False: tokens would see what they are to predict; set "
+                "data.objective={kind: masked}, or causal: true"
+            )
+        if self.train.sample is not None:
+            found.append(
+                "train.sample: text is written from left to right, which needs causal mixers; set sample: null"
+            )
+        return found
 
     def _spread_problems(self) -> list[str]:
         """What keeps the sequences from being cut across the ranks of cp."""

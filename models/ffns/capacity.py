@@ -19,7 +19,7 @@ NEAR = 1e-9
 """What is that little above a whole number of visits is rounding, not another visit."""
 
 
-def most(rows: int, length: int, *, active: int, experts: int, factor: float) -> int:
+def most(rows: int, length: int, *, active: float, experts: int, factor: float) -> int:
     """What an expert takes at most of rows of such a length."""
     return rows * ceil(length * active * (factor / experts) - NEAR)
 
@@ -34,6 +34,7 @@ def within(
     factor: float,
     drop: Drop,
     every: Callable[[Tensor], Tensor],
+    grains: int = GRAINS,
 ) -> Tensor:
     """chosen, N K, with -1 for visits beyond ⌈factor · K · tokens of the row / E⌉ of an expert: GShard's capacity
     (Lepikhin et al., 2021), row by row.
@@ -46,11 +47,11 @@ def within(
     rows, length = whole
     grain = torch.zeros_like(chosen, dtype=torch.int64)
     if drop == "least":
-        grain = GRAINS - (share.detach() * GRAINS).round().long().clamp(0, GRAINS)
+        grain = grains - (share.detach() * grains).round().long().clamp(0, grains)
     at = numbers.long().unsqueeze(1)
     row = at.div(length, rounding_mode="floor")
     seat = row * experts + chosen.long()  # of all rows' experts
-    span = (GRAINS + 1) * length
+    span = (grains + 1) * length
     place = seat * span + grain * length + at % length
     there = (chosen >= 0) & (chosen < experts) & (at >= 0)
     place = torch.where(there, place, rows * experts * span)

@@ -21,7 +21,7 @@ Angles = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Softmax:
-    """Causal attention within each document."""
+    """Attention within each document."""
 
     heads: int
     """Query heads."""
@@ -39,6 +39,8 @@ class Softmax:
     """Scores become softcap·tanh(score/softcap), as in Gemma 2."""
     sinks: bool = False
     """A learned logit a head that joins the softmax and carries no value (gpt-oss)."""
+    causal: bool = True
+    """A token sees itself and those before it; false: those after it as well, for data's objective kind: masked."""
 
     def __post_init__(self) -> None:
         for name in ("heads", "kv_heads", "head_dim", "window"):
@@ -49,6 +51,8 @@ class Softmax:
             raise ValueError(f"kv_heads={self.kv_heads}: must divide heads={self.heads}")
         if self.head_dim is not None and self.head_dim % 2 and self.rope is not None:
             raise ValueError(f"head_dim={self.head_dim}: must be even for rope; or set rope: null")
+        if self.window is not None and not self.causal:
+            raise ValueError(f"window={self.window}: looks back, and causal=False both ways; set window: null")
         if self.softcap is not None and self.softcap <= 0:
             raise ValueError(f"softcap={self.softcap}: must be positive; null for none")
 
@@ -134,8 +138,9 @@ class SoftmaxMixer(nn.Module):
     def flops(self, lengths: tuple[int, ...]) -> int:
         """Forward operations for documents of these lengths: projections, and two products for each visible pair."""
         weights = 2 * (self.to_q.weight.numel() + self.to_k.weight.numel())
-        pairs = sum(_pairs(length, self.config.window) for length in lengths)
-        return 2 * sum(lengths) * weights + 4 * pairs * self.config.heads * self.key_dim
+        config = self.config
+        pairs = sum(_pairs(length, config.window) if config.causal else length**2 for length in lengths)
+        return 2 * sum(lengths) * weights + 4 * pairs * config.heads * self.key_dim
 
     def forward(self, x: Tensor | Coded, angles: Angles | None, documents: Documents) -> Tensor:
         joined = together(x, self.to_q, self.to_k, self.to_v)
@@ -146,7 +151,7 @@ class SoftmaxMixer(nn.Module):
             q,
             k,
             v,
-            causal=True,
+            causal=config.causal,
             window=config.window,
             documents=documents,
             softcap=config.softcap,

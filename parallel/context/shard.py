@@ -85,12 +85,13 @@ class Batch:
         """The same batch on `device`; copies from pinned memory do not block the host."""
         return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def padded(self, multiple: int) -> "Batch":
+    def padded(self, multiple: int, apart: bool = False) -> "Batch":
         """The same batch with rows a multiple of `multiple` long.
 
         The last document of each row goes on over the padding: it has no labels, and what comes before never sees it.
+        apart: padding is a document of its own, for layers that see both ways.
         """
-        length = self.tokens.shape[1]
+        rows, length = self.tokens.shape
         extra = -length % multiple
         if not extra:
             return self
@@ -98,13 +99,18 @@ class Batch:
         def moved(places: Tensor | None) -> Tensor | None:
             return None if places is None else places + (places // length * extra).to(places.dtype)
 
+        bounds = moved(self.cu_seqlens)
+        if apart:
+            starts = torch.arange(rows + 1, dtype=torch.int32, device=self.tokens.device) * (length + extra)
+            bounds = torch.cat((starts if bounds is None else bounds, starts[:-1] + length)).sort().values
+
         return replace(
             self,
             tokens=F.pad(self.tokens, (0, extra)),
             labels=F.pad(self.labels, (0, extra), value=IGNORE),
             positions=F.pad(self.positions, (0, extra)),
             padding=self.padding + extra * len(self.tokens),
-            cu_seqlens=moved(self.cu_seqlens),
+            cu_seqlens=bounds,
             prefix=moved(self.prefix),
             places=F.pad(self.numbered(), (0, extra), value=-1),
             whole=self.shape,

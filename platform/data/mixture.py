@@ -66,6 +66,11 @@ class Mixture:
         self._check_weights()
         first = self.sources[0].data
         for i, source in enumerate(self.sources):
+            if source.data.causal != first.causal:
+                raise ValueError(
+                    f"sources.{i}.data.objective: masked goes with no other kind, whose mixers are causal; give all "
+                    "sources that objective, or none"
+                )
             for name in ("sequence_length", "tokenizer", "end"):  # symbols have no name for their end
                 given, wanted = getattr(source.data, name, None), getattr(first, name, None)
                 if given != wanted:
@@ -118,6 +123,11 @@ class Mixture:
     def both_ways(self) -> bool:
         """Whether tokens of a prefix see each other both ways in any source."""
         return any(source.data.both_ways for source in self.sources)
+
+    @property
+    def causal(self) -> bool:
+        """Whether tokens are told from those before them, in every source."""
+        return self.sources[0].data.causal
 
     @property
     def vocabulary(self) -> int:

@@ -1,4 +1,5 @@
-"""What a document asks of the model: the next token, a rest after a prefix, or what was taken out of its middle.
+"""What a document asks of the model: the next token, a rest after a prefix, what was taken out of its middle, or what
+was hidden anywhere.
 
 An objective rewrites one document, or what a row holds of it, and never changes its length: a token that only marks
 something costs a token at the document's end. What it draws depends on seed, row number and document alone.
@@ -56,24 +57,35 @@ class Sentinels:
         return (f"not in the tokenizer, and added after its {tokenizer.vocabulary:,} tokens: {shown}",)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Causal:
-    """Every token predicts the next."""
+class Asking:
+    """What objectives have, unless they say otherwise."""
 
     @property
     def sentinels(self) -> tuple[str, ...]:
+        """Names of the tokens that it marks with."""
         return ()
 
     @property
     def both_ways(self) -> bool:
+        """Whether a prefix sees itself both ways."""
         return False
+
+    @property
+    def causal(self) -> bool:
+        """Whether tokens are told from those before them; false: from all around them."""
+        return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Causal(Asking):
+    """Every token predicts the next."""
 
     def transform(self, fragment: Fragment, sentinels: Sentinels, draws: Draws) -> Fragment:
         return fragment
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prefix:
+class Prefix(Asking):
     """A random beginning is given, and the rest is predicted (prefix language modelling; Raffel et al., 2020)."""
 
     share: tuple[float, ...] = (0.1, 0.9)
@@ -83,10 +95,6 @@ class Prefix:
 
     def __post_init__(self) -> None:
         _check_range("share", self.share, 0.0, 1.0)
-
-    @property
-    def sentinels(self) -> tuple[str, ...]:
-        return ()
 
     @property
     def both_ways(self) -> bool:
@@ -103,7 +111,7 @@ class Prefix:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpanCorruption:
+class SpanCorruption(Asking):
     """Spans are taken out, and told at the end: a <mask_1> c <mask_2> <sep> <mask_1> b <eom> <mask_2> d <eom>.
 
     The form of CodeGen2 (Nijkamp, Hayashi, Xiong, Savarese, Zhou, 2023, arXiv 2305.02309), which trains half of the
@@ -144,10 +152,6 @@ class SpanCorruption:
             self.end_of_mask,
         )
 
-    @property
-    def both_ways(self) -> bool:
-        return False
-
     def transform(self, fragment: Fragment, sentinels: Sentinels, draws: Draws) -> Fragment:
         size = len(fragment.tokens)
         ratio, mean = draws.between(*self.mask_ratio), draws.between(*self.span_length)
@@ -184,7 +188,7 @@ class SpanCorruption:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FillInTheMiddle:
+class FillInTheMiddle(Asking):
     """A document is cut twice at random, and its middle comes last (Bavarian et al., 2022, arXiv 2207.14255).
 
     Prefix, suffix, middle: <fim_prefix> a <fim_suffix> c <fim_middle> b end. Suffix, prefix, middle:
@@ -214,10 +218,6 @@ class FillInTheMiddle:
     def sentinels(self) -> tuple[str, ...]:
         return self.prefix, self.suffix, self.middle
 
-    @property
-    def both_ways(self) -> bool:
-        return False
-
     def transform(self, fragment: Fragment, sentinels: Sentinels, draws: Draws) -> Fragment:
         body = fragment.tokens[: max(0, len(fragment.tokens) - 4)]
         if len(body) < 3 or draws.uniform() >= self.rate:
@@ -231,7 +231,42 @@ class FillInTheMiddle:
         return Fragment(out, _shifted(out))
 
 
-Simple = Causal | Prefix | SpanCorruption | FillInTheMiddle
+@dataclass(frozen=True, kw_only=True)
+class Masked(Asking):
+    """Tokens anywhere are hidden behind a sentinel, and told from what is left around them (masked language modelling;
+    Devlin et al., 2019). For mixers with causal: false.
+
+    Hidden tokens are never shown as themselves or as others, which gains nothing (Wettig et al., 2023, arXiv
+    2202.08005). Held-out documents are asked alike, the same tokens of them in every run.
+    """
+
+    mask_ratio: tuple[float, ...] = (0.3, 0.3)
+    """Smallest and largest share of a document's tokens that is hidden, drawn evenly between them: at least one."""
+    mask: str = "<mask>"
+    """Name of the sentinel."""
+
+    def __post_init__(self) -> None:
+        _check_range("mask_ratio", self.mask_ratio, 0.0, 1.0)
+        _check_names(self.sentinels)
+
+    @property
+    def sentinels(self) -> tuple[str, ...]:
+        return (self.mask,)
+
+    @property
+    def causal(self) -> bool:
+        return False
+
+    def transform(self, fragment: Fragment, sentinels: Sentinels, draws: Draws) -> Fragment:
+        size = len(fragment.tokens)
+        hidden = draws.choose(size, min(max(round(draws.between(*self.mask_ratio) * size), 1), size))
+        tokens, labels = fragment.tokens.copy(), np.full_like(fragment.labels, IGNORE)
+        labels[hidden] = tokens[hidden]
+        tokens[hidden] = sentinels.ids[self.mask]
+        return Fragment(tokens, labels)
+
+
+Simple = Causal | Prefix | SpanCorruption | FillInTheMiddle | Masked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,7 +284,7 @@ class Weighted:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mixed:
+class Mixed(Asking):
     """One of several objectives is drawn for each document."""
 
     objectives: tuple[Weighted, ...]
@@ -258,6 +293,10 @@ class Mixed:
     def __post_init__(self) -> None:
         if not self.objectives:
             raise ValueError("objectives=[]: needs at least one, as {weight: 0.5, objective: {kind: causal}}")
+        if len({option.objective.causal for option in self.objectives}) > 1:
+            raise ValueError(
+                "objectives: masked goes with no other kind, whose mixers are causal; leave one of them out"
+            )
 
     @property
     def sentinels(self) -> tuple[str, ...]:
@@ -267,6 +306,10 @@ class Mixed:
     def both_ways(self) -> bool:
         return any(option.objective.both_ways for option in self.objectives)
 
+    @property
+    def causal(self) -> bool:
+        return self.objectives[0].objective.causal
+
     def transform(self, fragment: Fragment, sentinels: Sentinels, draws: Draws) -> Fragment:
         reach = list(accumulate(option.weight for option in self.objectives))
         drawn = draws.uniform() * reach[-1]
@@ -274,7 +317,7 @@ class Mixed:
         return self.objectives[chosen].objective.transform(fragment, sentinels, draws)
 
 
-Objective = Causal | Prefix | SpanCorruption | FillInTheMiddle | Mixed
+Objective = Causal | Prefix | SpanCorruption | FillInTheMiddle | Masked | Mixed
 
 
 @final
@@ -318,6 +361,12 @@ class ObjectiveRows:
 def pursue(rows: Rows, objective: Objective, sentinels: Sentinels, seed: int) -> Rows:
     """The rows with each document rewritten for its objective; `seed` decides how."""
     return rows if isinstance(objective, Causal) else ObjectiveRows(rows, objective, sentinels, seed)
+
+
+def examined(rows: Rows, objective: Objective, sentinels: Sentinels) -> Rows:
+    """Held-out rows: as they are, for they are causal; those of a model that is not are rewritten, alike for every
+    seed."""
+    return rows if objective.causal else ObjectiveRows(rows, objective, sentinels, seed=0)
 
 
 def _open(tokens: NDArray[np.int64], end: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -177,6 +177,10 @@ class Synthetic:
     def both_ways(self) -> bool:
         return False
 
+    @property
+    def causal(self) -> bool:
+        return True
+
     def find(self) -> None:
         """There is nothing to look for."""
 

@@ -16,7 +16,7 @@ import farspan.platform.data.documents as documents
 from farspan.platform.data.buckets import Packing
 from farspan.platform.data.corpus import Corpus
 from farspan.platform.data.documents import STDLIB, SUFFIXES, UNREADABLE, Bad, LeftOut, Listing, Part
-from farspan.platform.data.objective import Causal, Objective, Sentinels, pursue
+from farspan.platform.data.objective import Causal, Objective, Sentinels, examined, pursue
 from farspan.platform.data.pack import Packed
 from farspan.platform.data.row import Rows
 from farspan.platform.data.store import FORMAT, HASH, Stored, Tape, build_once, finish, load, refusal
@@ -44,6 +44,11 @@ class Tokenized:
     def both_ways(self) -> bool:
         """Whether tokens of a prefix see each other both ways."""
         return self.objective.both_ways
+
+    @property
+    def causal(self) -> bool:
+        """Whether tokens are told from those before them."""
+        return self.objective.causal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +82,7 @@ class Text(Tokenized):
     packing: Packing = Packed()
     """Full rows of documents end to end, or a row for each document."""
     objective: Objective = Causal()
-    """What a training document asks of the model; held-out documents are always causal."""
+    """What a training document asks of the model; held-out ones are causal, but for kind: masked."""
 
     def __post_init__(self) -> None:
         if not self.paths:
@@ -113,7 +118,7 @@ class Text(Tokenized):
         identity.update(packed.hashes[order].tobytes())
         marks = Sentinels.of(tokenizer, self.sentinels if sentinels is None else sentinels)
         train = pursue(self._rows(packed, order[kept:], tokenizer, seed), self.objective, marks, seed)
-        held_out = self._rows(packed, order[:kept], tokenizer, None)
+        held_out = examined(self._rows(packed, order[:kept], tokenizer, None), self.objective, marks)
         notes = (
             f"{len(listing.files):,} files, {len(packed.hashes):,} documents, {len(packed.tokens):,} tokens",
             *packed.left_out.lines(),

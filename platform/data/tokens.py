@@ -16,7 +16,7 @@ from farspan.platform.data.buckets import Packing
 from farspan.platform.data.corpus import Corpus
 from farspan.platform.data.draws import hashed
 from farspan.platform.data.index import Indexed
-from farspan.platform.data.objective import Causal, Objective, Sentinels, pursue
+from farspan.platform.data.objective import Causal, Objective, Sentinels, examined, pursue
 from farspan.platform.data.pack import Packed
 from farspan.platform.data.row import Rows
 from farspan.platform.data.text import Tokenized, check_rows, held_out_count
@@ -45,7 +45,7 @@ class Tokens(Tokenized):
     packing: Packing = Packed()
     """Full rows of documents end to end, or a row for each document."""
     objective: Objective = Causal()
-    """What a training document asks of the model; held-out documents are always causal."""
+    """What a training document asks of the model; held-out ones are causal, but for kind: masked."""
 
     def __post_init__(self) -> None:
         if not self.paths or not all(self.paths):
@@ -82,6 +82,7 @@ class Tokens(Tokenized):
         train = self._rows(maps, starts, lengths, np.sort(order[kept:]), tokenizer.end, seed)
         train = pursue(train, self.objective, marks, seed)
         held_out = self._rows(maps, starts, lengths, np.sort(order[:kept]), tokenizer.end, None)
+        held_out = examined(held_out, self.objective, marks)
         notes = (
             f"{len(sets):,} datasets, {len(starts):,} documents, {lengths.sum():,} tokens",
             _ends(maps, starts + lengths - 1, tokenizer.end),

@@ -43,15 +43,31 @@ def test_trains_and_goes_on_with_fewer_ranks(corpus: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["widenet", *(pytest.param(kind, marks=pytest.mark.laws) for kind in ("block_ffn", "smoe_dropout"))]
+    "name",
+    [
+        "widenet",
+        "expert_choice",
+        *(pytest.param(kind, marks=pytest.mark.laws) for kind in ("block_ffn", "smoe_dropout")),
+    ],
 )
 def test_other_experts_are_dealt_out_as_well(name: str, corpus: Path) -> None:
     """Two ranks that have half of them each are one that has all."""
-    config, few = CONFIG.with_name(f"{name}.yaml"), ["train.steps=3"]
+    config, few = CONFIG.with_name(f"{name}.yaml"), ["train.steps=3", "train.evaluate=null"]
     alone = numbers(config, corpus.parent, *SMALL, *few, "name=alone", "launch.ranks=1")
     found = numbers(config, corpus.parent, *SMALL, *few, "name=part", "parallel.ep=2")
     for ours, theirs in zip(found, alone, strict=True):
         assert ours[:3] == pytest.approx(theirs[:3], rel=1e-4)
+
+
+def test_what_sees_both_ways_is_cut_across_ranks(corpus: Path) -> None:
+    """Experts choose, and hidden tokens are told, alike where two ranks have half of every row, held out or not."""
+    config, few = CONFIG.with_name("expert_choice.yaml"), ["train.steps=2", "train.evaluate={every: 2, rows: 4}"]
+    alone = numbers(config, corpus.parent, *SMALL, *few, "name=both", "launch.ranks=1")
+    found = numbers(config, corpus.parent, *SMALL, *few, "name=cut", "parallel.cp=2", "parallel.ep=2")
+    assert 3 < alone[-1][3] < 8
+    for ours, theirs in zip(found, alone, strict=True):
+        given = [(a, b) for a, b in zip(ours, theirs, strict=True) if b is not None]
+        assert all(a == pytest.approx(b, rel=1e-4) for a, b in given)
 
 
 @pytest.mark.parametrize(
@@ -60,6 +76,17 @@ def test_other_experts_are_dealt_out_as_well(name: str, corpus: Path) -> None:
         (["model.blocks.0.ffn.active=9"], "model.blocks.0.ffn.active=9: must be at least 1"),
         (["parallel.engine={kind: zero, stage: 1}"], "model.blocks: experts: parallel.engine.kind=zero"),
         (["model.blocks.0.linear={kind: fp8}"], "set linear: {kind: plain}"),
+        (
+            ["model.blocks.0.mixer.causal=false"],
+            "model.blocks.0.mixer.causal=False: tokens would see what they are to predict; set data.objective={kind: "
+            "masked}, or causal: true",
+        ),
+        (["data.objective={kind: masked}"], "data.objective.kind=masked: hidden tokens are told from both sides"),
+        (
+            ["data.objective={kind: masked}", "model.blocks.0.mixer.causal=false", "train.sample={prompt: a}"],
+            "train.sample: text is written from left to right",
+        ),
+        (["model.blocks.0.ffn={kind: expert_choice, experts: 4, active: 2, hidden: 8}"], "later ones too; set mixer"),
     ],
 )
 def test_mistakes_are_named(

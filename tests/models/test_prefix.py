@@ -90,3 +90,32 @@ def test_a_prefix_of_one_is_causal() -> None:
         more = model(collate([replace(row, prefixes=PREFIXES)], 0))
     torch.testing.assert_close(ones, plain)
     assert abs(float(more - plain)) > 1e-3
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_without_causality_every_document_is_a_prefix(name: str) -> None:
+    tokens = batch().tokens[0].numpy()
+    row = Row(tokens=tokens, labels=tokens, lengths=LENGTHS)
+    prefixed, open_ = build(MIXERS[name]), build(replace(MIXERS[name], causal=False))
+    with torch.no_grad():
+        wanted = prefixed(collate([replace(row, prefixes=LENGTHS)], 0))
+        found, causal = (model(collate([row], 0)) for model in (open_, prefixed))
+    torch.testing.assert_close(found, wanted)
+    assert abs(float(found - causal)) > 1e-3
+    assert open_.flops((9,)) - prefixed.flops((9,)) == 4 * (81 - 45) * 16 * 2, "two layers of 16 channels"
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, (sum(LENGTHS),)])
+def test_padding_apart_is_seen_by_nobody(lengths: tuple[int, ...]) -> None:
+    tokens = batch().tokens[0].numpy()
+    model, rows = build(Softmax(heads=2, causal=False)), [Row(tokens=tokens, labels=tokens, lengths=lengths)] * 2
+    with torch.no_grad():
+        plain = collate(rows, 0)
+        wanted, found, over = (model(x) for x in (plain, plain.padded(16, apart=True), plain.padded(16)))
+    torch.testing.assert_close(found, wanted)
+    assert abs(float(over - wanted)) > 1e-3
+
+
+def test_a_window_looks_back() -> None:
+    with pytest.raises(ValueError, match="window=4: looks back, and causal=False both ways"):
+        Softmax(heads=2, window=4, causal=False)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from farspan.models.block import Block
 from farspan.models.decoder import Decoder, initial
-from farspan.models.ffns import BlockFfn, Moe, SmoeDropout, Swiglu
+from farspan.models.ffns import BlockFfn, ExpertChoice, Moe, SmoeDropout, Swiglu
 from farspan.models.mixers import Softmax
 from farspan.parallel.context import Axis, Ring, Runtime
 from farspan.parallel.context.shard import IGNORE, Batch
@@ -71,7 +71,15 @@ def few(balance: float) -> Decoder:
     return Decoder(width=24, vocabulary=VOCABULARY, blocks=(Block(mixer=Softmax(heads=4, head_dim=6), ffn=ffn),))
 
 
-MODELS = {"plain": model, "restless": restless, "widenet": widenet, "few": few}
+def choosing(balance: float) -> Decoder:
+    """Experts that choose their tokens, from all and from few, in a model that sees both ways; nothing is charged."""
+    mixer = Softmax(heads=4, head_dim=6, causal=False)
+    free, few = (ExpertChoice(experts=8, active=1.7, hidden=8, most=most) for most in (None, 3))
+    blocks = (Block(mixer=mixer, ffn=free), Block(mixer=mixer, ffn=few))
+    return Decoder(width=22, vocabulary=VOCABULARY, blocks=blocks)
+
+
+MODELS = {"choosing": choosing, "plain": model, "restless": restless, "widenet": widenet, "few": few}
 
 
 def batches(rank: int, dp: int, micro: int, length: int = LENGTH) -> list[Batch]:
@@ -265,6 +273,19 @@ def test_what_routers_keep_and_drop_is_alike_on_ranks(
     for of_rank in ranks(world, probe, cuts=RESTLESS[world], micro=8, kept=kept, name="restless"):
         for found in of_rank:
             same(found, restless_alone)
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.laws)])
+def test_experts_choose_alike_on_ranks(ranks: Any, world: int) -> None:
+    """Wherever the tokens of a row are: most are alike, so that their places decide."""
+    alone = ranks(1, probe, cuts=[{}], micro=8, name="choosing")[0][0]
+    cuts = {
+        2: [{"cp": 2, "ep": 2, **A2A}, {"tp": 2, **GATHER}, {"ep": 2, **PADDED}],
+        4: [{"tp": 2, "cp": 2, "ep": 4, **BOTH}, {"cp": 4, "etp": 2}],
+    }
+    for of_rank in ranks(world, probe, cuts=cuts[world], micro=8, kept=0.5, name="choosing"):
+        for found in of_rank:
+            same(found, alone)
 
 
 def test_rows_that_tp_cuts_evenly_are_rows_still(ranks: Any) -> None:

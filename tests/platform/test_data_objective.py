@@ -15,6 +15,7 @@ from farspan.platform.data.objective import (
     Causal,
     FillInTheMiddle,
     Fragment,
+    Masked,
     Mixed,
     Objective,
     ObjectiveRows,
@@ -197,6 +198,34 @@ def test_mixed_draws_by_weight() -> None:
     assert 350 < drawn < 450
 
 
+def test_masked_hides_a_share_and_asks_for_nothing_else() -> None:
+    objective = Masked(mask_ratio=(0.2, 0.4))
+    marks = Sentinels.of(Bytes(), objective.sentinels)
+    shares = []
+    for case in range(200):
+        given = fragment(1 + case, case % 2 == 0, Draws(case))
+        found = objective.transform(given, marks, Draws("masked", case))
+        hidden = found.tokens == marks.ids["<mask>"]
+        assert np.array_equal(np.where(hidden, found.labels, found.tokens), given.tokens), "nothing is lost"
+        assert (found.labels[~hidden] == IGNORE).all() and hidden.any() and found.prefix == 0
+        shares.append(hidden.mean())
+    late = shares[50:]
+    assert 0.19 < min(late) < 0.22 and 0.38 < max(late) < 0.41 and 0.28 < sum(late) / len(late) < 0.32
+
+
+def test_held_out_rows_are_masked_alike_for_every_seed(tmp_path: Path) -> None:
+    for i in range(20):
+        (tmp_path / f"{i}.txt").write_text(f"{i} some words that go on and on " * 4)
+    sizes: dict[str, Any] = {"paths": (str(tmp_path),), "sequence_length": 64, "held_out": 0.3, "cache": str(tmp_path)}
+    text = Text(**sizes, objective=Masked())
+    assert not text.causal and text.vocabulary == 258
+    one, other = (text.build(seed).held_out for seed in (0, 1))
+    for number in range(len(one)):
+        row = one.row(number)
+        assert np.array_equal(row.tokens, other.row(number).tokens)
+        assert (row.tokens == 257).any() and np.array_equal(row.tokens == 257, row.labels != IGNORE)
+
+
 def test_sentinels_come_from_the_tokenizer_or_after_it() -> None:
     class Knows:
         vocabulary, end = 1000, 3
@@ -232,6 +261,11 @@ def test_a_text_grows_its_vocabulary_and_holds_out_plain_rows(tmp_path: Path) ->
         ({"kind": "fill_in_the_middle", "middle": "<fim_prefix>"}, "names must differ"),
         ({"kind": "mixed", "objectives": []}, r"objective.objectives=\[\]"),
         ({"kind": "mixed", "objectives": [{"weight": 0, "objective": {"kind": "causal"}}]}, "objectives.0.weight=0.0"),
+        (
+            {"kind": "mixed", "objectives": [{"weight": 1, "objective": {"kind": k}} for k in ("causal", "masked")]},
+            "objectives: masked goes with no other kind",
+        ),
+        ({"kind": "masked", "mask_ratio": [0.5, 1.5]}, r"mask_ratio=\[0.5, 1.5\]: must be"),
         ({"kind": "backwards"}, "objective.kind='backwards': unknown kind"),
     ],
 )

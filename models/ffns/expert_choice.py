@@ -1,0 +1,102 @@
+"""Expert choice: every expert takes the tokens of a row that score most for it (Zhou et al., 2022)."""
+
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor, nn
+
+from farspan.kernels.random import Normal
+from farspan.kernels.route import route
+from farspan.kernels.router_logits import router_logits
+from farspan.models.ffns.capacity import most, within
+from farspan.models.ffns.experts import Dealt, Experts
+from farspan.models.ffns.router import Routed, RowSums, Tally, by_row, met, numbered, squared_lse, without_padding
+from farspan.models.linear import Linear, Plain
+from farspan.models.roles import RoleKind
+from farspan.parallel.context.shard import Documents
+from farspan.parallel.expert import Visits
+
+GRAINS = 1 << 16
+"""What probabilities are compared to: a threshold lies among all tokens of a row, which differ by little."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertChoice(Dealt):
+    """SwiGLU experts that choose their tokens, and loads are even without a charge. A choice sees the whole row: for
+    mixers with causal: false."""
+
+    experts: int
+    """How many there are."""
+    active: float
+    """How many of them a token meets on average: an expert takes active * tokens / experts of a row, rounded up."""
+    hidden: int
+    """Channels between the two products of one expert."""
+    most: int | None = None
+    """An expert chooses among the tokens that it scores among their best `most` experts for: memory is for so many
+    visits of each token; null: among all, with memory for every expert."""
+
+    def __post_init__(self) -> None:
+        if self.experts < 2 or self.hidden < 1:
+            raise ValueError(f"experts={self.experts}, hidden={self.hidden}: must be at least 2 and 1")
+        if self.most is not None and not 1 <= self.most <= self.experts:
+            raise ValueError(f"most={self.most}: must be from 1 to experts={self.experts}, or null")
+        if not 0 < self.active <= self.columns:
+            limit = f"experts={self.experts}" if self.most is None else f"most={self.most}"
+            raise ValueError(f"active={self.active}: must be above 0, and no more than {limit}; 2 is usual")
+
+    @property
+    def columns(self) -> int:
+        return self.most or self.experts
+
+    def build(self, width: int, depth: int, linear: Linear = Plain()) -> "ExpertChoiceFfn":  # noqa: B008 - frozen
+        return ExpertChoiceFfn(self, width, depth)
+
+
+class ExpertChoiceFfn(Routed):
+    def __init__(self, config: ExpertChoice, width: int, depth: int) -> None:
+        super().__init__()
+        self.config = config
+        self.router = nn.Linear(width, config.experts, bias=False)
+        self.experts = Experts(config.experts, config.hidden, width, depth)
+
+    def initial(self) -> dict[str, Normal]:
+        return {"router.weight": Normal(0.0, self.router.in_features**-0.5)}
+
+    def roles(self) -> dict[str, RoleKind]:
+        return {"router.weight": "router"}
+
+    def flops(self, lengths: tuple[int, ...]) -> int:
+        """Forward operations for documents of these lengths: two per token and weight that it meets on average."""
+        return 2 * round(sum(lengths) * (self.router.weight.numel() + self.config.active * self.experts.size))
+
+    def forward(self, x: Tensor, documents: Documents) -> tuple[Tensor, Tally]:
+        """x: B T D. Logits, scores and choice are in at least fp32; who is chosen by nobody is given zeros."""
+        config, tokens, rows = self.config, x.flatten(0, 1), len(x)
+        numbers, whole = numbered(documents, x)
+        logits = router_logits(tokens, self.router.weight)
+        probability, best = route(logits, config.columns, score="softmax", normalised=False)
+        chosen = within(
+            without_padding(best, documents),
+            probability,
+            numbers,
+            whole,
+            config.experts,
+            factor=config.active / config.columns,  # of all tokens' visits to their best experts
+            drop="least",
+            every=self.experts.dispatcher.every,
+            grains=GRAINS,
+        )
+        room = partial(most, active=config.active, experts=config.experts, factor=1.0)
+        out = self.experts(Visits(tokens, chosen, probability, room)).view_as(x)
+        none = logits.new_zeros(())
+        return out, Tally(
+            given=by_row(met(chosen, logits), documents, rows),
+            scores=none,
+            z=squared_lse(logits, documents, rows, learns=False),
+            dropped=none,
+            wish=none,
+        )
+
+    def charge(self, tally: Tally, given: Tensor, over: RowSums, rows: RowSums) -> Tensor:
+        """Nothing: loads are even as they are."""
+        return given.new_zeros(())
