@@ -59,6 +59,7 @@ def settings(folder: Path) -> dict[str, list[str] | None]:
         PLAIN: [],
         "trainer, packed, keep 1": ["train.recompute=selective", "train.keep=1"],
         "trainer, packed, block": ["train.recompute=block"],
+        "trainer, packed, selective": ["train.recompute=selective"],
         "trainer, packed, offload": ["train.recompute=offload"],
     }
 

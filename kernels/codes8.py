@@ -19,9 +19,9 @@ TINY = tl.constexpr(1e-30)
 
 _UP = tl.constexpr(12582912.0)
 """1.5 · 2²³: added to a small number, it leaves the nearest integer in the low bits."""
-_SIGNED, _UNSIGNED = tl.constexpr(0.499), tl.constexpr(1.499)
-"""Where the lines of codes begin below their cells' numbers. Less than a half, so that a block's maximum, whose place
-is a whole number, rounds up; unsigned codes count from 0 as cells do."""
+_SIGNED, _UNSIGNED = tl.constexpr(0.501), tl.constexpr(1.499)
+"""Where the lines of codes begin below their cells' numbers. A thousandth from a half, so that a block's maximum, half
+way between two codes, gets 127, and 255: no code needs to be cut off there. Unsigned codes count from 0 as cells do."""
 # Of `between`, whose lines all begin a thousandth too high, as `_UNSIGNED` has it: what they have in common with
 # `nearest` is then one line.
 _BEFORE = tl.constexpr(1.499 / 2)
@@ -31,6 +31,8 @@ _LAST = tl.constexpr(2 * 128 / 0.9)
 """The slope of the last step, half a cell wide."""
 _CELLS = tl.constexpr(512)
 """Where the cells begin in `tables`: behind what signed and unsigned codes stand for."""
+_BOTTOM = tl.constexpr(1.501)
+"""Where the line begins of unsigned numbers below 2^-24, all of code 0: it is level, at a thousandth of a code."""
 
 
 def values(signed: bool) -> list[float]:
@@ -47,16 +49,19 @@ def values(signed: bool) -> list[float]:
 def _cells(signed: bool) -> list[float]:
     """For numbers y of each binary exponent (as fp32 stores it, 0..127) the line on which codes grow with y.
 
-    In a decade of n cells y lies n/0.9 · 10^(6−d) y + 8/9 n above the decade's first number less n. Given are the
-    slopes and then where the lines begin, 8/9 n less `_SIGNED` or `_UNSIGNED`, of the decade in which the largest y of
-    an exponent is. Where an exponent holds the end of a decade, some y are of the one before, where codes grow five
+    In a decade of n cells y lies n/0.9 · 10^(6−d) y + 8/9 n above the decade's first number less n. Given are, of each
+    exponent in turn, the slope and where the line begins, 8/9 n less `_SIGNED` or `_UNSIGNED`, of the decade that the
+    largest y is in. Where an exponent holds the end of a decade, some y are of the one before, where codes grow five
     times as fast: lines only ever bend down, so the lower one holds.
     """
     below = (_SIGNED if signed else _UNSIGNED).value
     highest = [2.0 ** (exponent - 126) for exponent in range(127)] + [1.0]
     decades = [next(d for d in range(7) if 10.0 ** (d - 6) >= y or d == 6) for y in highest]
     cells = [2.0**d if signed else 2.0 ** (d + 1) for d in decades]
-    return [n / 0.9 * 10.0 ** (6 - d) for n, d in zip(cells, decades, strict=True)] + [n * 8 / 9 - below for n in cells]
+    lines = [(n / 0.9 * 10.0 ** (6 - d), n * 8 / 9 - below) for n, d in zip(cells, decades, strict=True)]
+    if not signed:
+        lines = [(0.0, _BOTTOM.value) if y <= 2.0**-24 else line for y, line in zip(highest, lines, strict=True)]
+    return [number for line in lines for number in line]
 
 
 @cache
@@ -75,7 +80,7 @@ def decode(codes: Tensor, scales: Tensor, block: int, *, signed: bool) -> Tensor
 def encode(x: Tensor, block: int, *, signed: bool, random: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """x: fp32 ... N -> codes uint8 ... N and scales fp32 ... N/block, a block's largest magnitude.
 
-    random: 32-bit numbers like x (int64), whose low 16 bits round up or down so that the mean is x; None: the nearest
+    random: 32-bit numbers like x (int64), of which 12 bits round up or down so that the mean is x; None: the nearest
     cell. Chance is for unsigned codes alone.
     """
     parts = x.unflatten(-1, (-1, block))
@@ -84,23 +89,22 @@ def encode(x: Tensor, block: int, *, signed: bool, random: Tensor | None = None)
     if random is None:
         place = place_of(y, signed=signed)
     else:
-        place = between_codes(y) + ((random & 0xFFFF).float() * 2.0**-16 - 0.5)
-    code = place.clamp(max=127 if signed else 255).round().to(torch.uint8)
+        place = between_codes(y) + ((random & 0xFFF0 | 8).float() * 2.0**-16 - 0.5)
+    code = place.round().to(torch.uint8)
     return (code + 128 * (x < 0).to(torch.uint8) if signed else code), scales
 
 
 def _line(y: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     """Of `_cells`: where the line begins, and where it is at y."""
-    at = (y.view(torch.int32) >> 23) + (_CELLS.value if signed else _CELLS.value + 256)
-    slope, begin = tables(y.device)[at], tables(y.device)[at + 128]
+    at = 2 * (y.view(torch.int32) >> 23) + (_CELLS.value if signed else _CELLS.value + 256)
+    slope, begin = tables(y.device)[at], tables(y.device)[at + 1]
     return begin, slope * y + begin
 
 
 def place_of(y: Tensor, *, signed: bool) -> Tensor:
     """The code of y in [0, 1] as a real number, of which the nearest integer is the cell that y is in."""
     begin, here = _line(y, signed)
-    before = 5 * here - (4.5 * begin + (_SIGNED if signed else _UNSIGNED).value / 2)
-    return torch.minimum(here, before).clamp(min=0.0)
+    return torch.minimum(here, 5 * here - (4.5 * begin + (_SIGNED if signed else _UNSIGNED).value / 2))
 
 
 def between_codes(y: Tensor) -> Tensor:
@@ -113,7 +117,7 @@ def between_codes(y: Tensor) -> Tensor:
     lines = torch.minimum(here, 5 * here - (4.5 * begin + _BEFORE.value))
     gaps = torch.minimum(here / 3 + (1.5 * begin + _GAP.value), here * (5 / 3) - (0.75 * begin + _GAP_BEFORE.value))
     last = _LAST.value * y + (255.001 - _LAST.value)
-    return (torch.maximum(torch.minimum(lines, gaps), last) - 0.001).clamp(min=0.0)
+    return torch.maximum(torch.minimum(lines, gaps), last) - 0.001
 
 
 @triton.jit
@@ -124,16 +128,17 @@ def meaning(code, p_tables, SIGNED: tl.constexpr):  # type: ignore[no-untyped-de
 
 @triton.jit
 def _line_at(y, p_tables, SIGNED: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, N803
-    at = p_tables + (y.to(tl.int32, bitcast=True) >> 23) + (_CELLS if SIGNED else _CELLS + 256)
-    begin = tl.load(at + 128)
-    return begin, tl.load(at) * y + begin
+    lines = (p_tables + (_CELLS if SIGNED else _CELLS + 256)).to(tl.pointer_type(tl.int64))  # both numbers at once
+    line = tl.load(lines + (y.to(tl.int32, bitcast=True) >> 23))
+    begin = (line >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    return begin, line.to(tl.int32).to(tl.float32, bitcast=True) * y + begin
 
 
 @triton.jit
 def nearest(y, p_tables):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
     """The unsigned code of the cell that y in [0, 1] is in, int32: `place_of`, rounded."""
     begin, here = _line_at(y, p_tables, False)
-    place = tl.maximum(tl.minimum(here, 5 * here - (4.5 * begin + _UNSIGNED / 2)), 0.0)
+    place = tl.minimum(here, 5 * here - (4.5 * begin + _UNSIGNED / 2))
     return (place + _UP).to(tl.int32, bitcast=True) & 0xFF
 
 
@@ -141,17 +146,19 @@ def nearest(y, p_tables):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN20
 def signed_nearest(x, reciprocal, p_tables):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
     """The signed code of x · reciprocal in [-1, 1], int32."""
     begin, here = _line_at(tl.abs(x) * reciprocal, p_tables, True)
-    place = tl.minimum(tl.minimum(here, 5 * here - (4.5 * begin + _SIGNED / 2)), 127.0)
+    place = tl.minimum(here, 5 * here - (4.5 * begin + _SIGNED / 2))
     sign = (x.to(tl.int32, bitcast=True) >> 24) & 0x80
-    return (place + _UP).to(tl.int32, bitcast=True) & 0x7F | sign
+    return ((place + _UP).to(tl.int32, bitcast=True) | sign) & 0xFF
 
 
 @triton.jit
 def between(y, random, p_tables):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
-    """One of the two unsigned codes next to y in [0, 1], by the low 16 bits of random (uint32): `between_codes`."""
+    """One of the two unsigned codes next to y in [0, 1], by 12 bits of random (uint32): `between_codes`."""
     begin, here = _line_at(y, p_tables, False)
     lines = tl.minimum(here, 5 * here - (4.5 * begin + _BEFORE))
     gaps = tl.minimum(here * (1 / 3) + (1.5 * begin + _GAP), here * (5 / 3) - (0.75 * begin + _GAP_BEFORE))
-    place = tl.maximum(tl.maximum(tl.minimum(lines, gaps), _LAST * y + (255.001 - _LAST)), 0.001)
-    drawn = ((random & 0xFFFF).to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True)  # 2²³ + 16 random bits
-    return (tl.minimum(place + (drawn * 2.0**-16 - 128.501), 255.0) + _UP).to(tl.int32, bitcast=True) & 0xFF
+    place = tl.maximum(tl.minimum(lines, gaps), _LAST * y + (255.001 - _LAST))
+    # 2²³ and 12 random bits, in the middle between 0 and 2¹⁶: so far from either end that no rounding of a place makes
+    # a code of more than 255.
+    drawn = ((random & 0xFFF0).to(tl.int32) | 0x4B000008).to(tl.float32, bitcast=True)
+    return (place + (drawn * 2.0**-16 - 128.501) + _UP).to(tl.int32, bitcast=True) & 0xFF

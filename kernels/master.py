@@ -22,6 +22,9 @@ _UP = tl.constexpr(12582912.0)
 """1.5 · 2²³: added to a small number, it leaves the nearest integer in the low bits."""
 _STEPS = tl.constexpr(127.0 * 256)
 """Steps of residual8 in 2^e, the weight's power of two: half a unit in its last place is 2^(e−8)."""
+_LEAST = tl.constexpr(15 << 23)
+"""The exponent below which residual8 counts as at it, or a step would be no number: of weights below 2^-112, for which
+less is remembered."""
 
 
 def draws(master: Master) -> bool:
@@ -42,8 +45,8 @@ def whole(weight: Tensor, residual: Tensor | None) -> Tensor:
 def split(wanted: Tensor, weight: Tensor, residual: Tensor | None, random: Tensor | None = None) -> None:
     """Writes the fp32 `wanted` into weight and residual.
 
-    random: 32-bit numbers (int64) of the same shape, of which the high 16 bits decide what chance rounds; None: to the
-    nearest, which needs a residual.
+    random: 32-bit numbers (int64) of the same shape, of whose high 16 bits residual8 takes 15 and none all; None: to
+    the nearest, which needs a residual.
     """
     if weight.dtype == torch.float32:
         weight.copy_(wanted)
@@ -58,11 +61,10 @@ def split(wanted: Tensor, weight: Tensor, residual: Tensor | None, random: Tenso
         residual.copy_((bits - (high.int() << 16)).to(torch.int16))
     else:
         weight.copy_(wanted)
-        exponent = weight.float().view(torch.int32) & 0x7F800000
+        exponent = (weight.float().view(torch.int32) & 0x7F800000).clamp(min=_LEAST.value)
         steps = (0x7F000000 - exponent).view(torch.float32) * _STEPS.value
-        chance = 0.0 if random is None else (random >> 16).float() * 2.0**-16 + (2.0**-17 - 0.5)
-        rest = ((wanted - weight.float()) * steps + chance).round().clamp(-127, 127)
-        residual.copy_(torch.where(exponent == 0, 0.0, rest).to(torch.int8))
+        chance = 0.0 if random is None else (random >> 16 | 1).float() * 2.0**-16 - 0.5
+        residual.copy_(((wanted - weight.float()) * steps + chance).round().to(torch.int8))
 
 
 @triton.jit
@@ -94,12 +96,12 @@ def rounded(wanted, random, MASTER: tl.constexpr):  # type: ignore[no-untyped-de
 
 @triton.jit
 def rest(wanted, weight, random, MASTER: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201, N803
-    """The residual of `split`, int32; weight: what `rounded` gave, random: uint32."""
+    """The residual of `split`, in the low bits of an int32; weight: what `rounded` gave, random: uint32."""
     if MASTER == "residual16":
         return wanted.to(tl.int32, bitcast=True) - weight.to(tl.int32, bitcast=True)
-    exponent = weight.to(tl.int32, bitcast=True) & 0x7F800000
+    exponent = tl.maximum(weight.to(tl.int32, bitcast=True) & 0x7F800000, _LEAST)
     steps = (0x7F000000 - exponent).to(tl.float32, bitcast=True) * _STEPS
-    drawn = ((random >> 16).to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True)  # 2²³ + 16 random bits
-    place = (wanted - weight) * steps + (drawn * 2.0**-16 - (128.5 - 2.0**-17))
-    place = tl.where(exponent == 0, 0.0, tl.minimum(tl.maximum(place, -127.0), 127.0))
-    return (place + _UP).to(tl.int32, bitcast=True) - 0x4B400000
+    # 2²³ and 15 random bits above a one: between -1/2 and 1/2 but never either, so that 127 stays the largest.
+    drawn = ((random >> 16).to(tl.int32) | 0x4B000001).to(tl.float32, bitcast=True)
+    place = (wanted - weight) * steps + (drawn * 2.0**-16 - 128.5)
+    return (place + _UP).to(tl.int32, bitcast=True)

@@ -32,8 +32,10 @@ class Memory:
     """The weights of products of the units that live at once: embedding, head and two layers, or all."""
     activations: int
     """What lives until the backward of one micro-batch, traced on the meta device."""
+    recomputed: int
+    """What the backward of one layer brings back."""
     logits: int
-    """One chunk of the loss, and the head's gradient."""
+    """One chunk of the loss and the head's gradient: what they take beyond that, which finds them gone."""
     host: int
     """What waits in the host's memory, and is in none of the others."""
 
@@ -128,10 +130,11 @@ class _Gathering(Local):
 
 
 def _at_once(memory: Memory, micro_batches: int) -> Memory:
-    """A second micro-batch's activations find all gradients there; a single one's go, layer by layer, as they come."""
+    """A second micro-batch's activations find all gradients there; a single one's go, layer by layer, as they come, and
+    logits have gone before."""
     if micro_batches > 1:
         return memory
-    return replace(memory, gradients=max(0, memory.gradients - memory.activations))
+    return replace(memory, gradients=max(0, memory.gradients - memory.activations - memory.logits))
 
 
 def _part(tokens: int, sizes: Sizes) -> int:
@@ -148,7 +151,7 @@ def _memory(job: Job, model: DecoderModel, sizes: Sizes, cut: tuple[int, int], c
     head = model.embed.weight
     held = held_types(job, sizes.dp, compute)
     gathered = _gathered(model, sizes, job.gathering(sizes) == "step", held.weights == compute)
-    activations, host = _activations(job, model.to(compute), *cut)
+    activations, again, host = _activations(job, model.to(compute), *cut)
     chunk = min(1 << 27, cut[0] * cut[1] * head.shape[0])
     return Memory(
         weights=held.weights.itemsize * part,
@@ -156,7 +159,8 @@ def _memory(job: Job, model: DecoderModel, sizes: Sizes, cut: tuple[int, int], c
         optimizer=0,
         gathered=gathered * compute.itemsize,
         activations=activations,
-        logits=chunk * (4 + 4 + compute.itemsize) + 4 * head.numel(),
+        recomputed=again,
+        logits=max(0, chunk * (4 + 4 + compute.itemsize) + 4 * head.numel() - again),
         host=host,
     )
 
@@ -240,10 +244,10 @@ def _under_zero(job: Job, memory: Memory, model: DecoderModel, sizes: Sizes, com
     return replace(memory, **{**dict.fromkeys(waiting, 0), **held}, gathered=gathered, host=memory.host + host)
 
 
-def _activations(job: Job, model: DecoderModel, rows: int, length: int) -> tuple[int, int]:
+def _activations(job: Job, model: DecoderModel, rows: int, length: int) -> tuple[int, int, int]:
     """Bytes that live from forward to backward, and what one layer's backward brings back; equal layers traced once.
 
-    Second: those of them that wait in host memory, of which at most two layers' are on the device as well.
+    Third: those of the first that wait in host memory, of which at most two layers' are on the device as well.
     """
     stream = rows * length * model.embed.embedding_dim * model.embed.weight.dtype.itemsize
     norms = sum(1 for norm in (model.embed_norm, model.norm) if any(True for _ in norm.parameters()))
@@ -257,7 +261,7 @@ def _activations(job: Job, model: DecoderModel, rows: int, length: int) -> tuple
         total += repeat * (held - away)
         host += repeat * away
         largest, most = max(largest, again), max(most, away)
-    return total + largest + min(host, 2 * most), host - LAST * away
+    return total + min(host, 2 * most), largest, host - LAST * away
 
 
 def _bytes(size: float) -> str:

@@ -246,7 +246,7 @@ def program(master: Master, block: int, stochastic: bool, cut: bool = False) -> 
 
 
 def run_compiled() -> None:
-    """128-bit loads, no spills, and at most 110 instructions a weight; chance takes a few more."""
+    """128-bit loads, no spills, and at most 110 instructions a weight; where it lies in a cut one takes a few more."""
     from farspan.kernels import adamw8
 
     cases: list[tuple[Master, int, bool, bool]] = [(master, 256, False, False) for master in MASTERS]
@@ -256,7 +256,7 @@ def run_compiled() -> None:
         assert built.stack == 0, f"{master}, {block}: {built.stack} B spilled"
         assert ".v4.b32" in built.ptx
         each = built.loop * 32 * adamw8.WARPS / adamw8.TILE
-        assert each <= (130 if stochastic else 110), f"{master}, {block}, {stochastic}: {each} instructions a weight"
+        assert each <= (120 if cut else 110), f"{master}, {block}, {stochastic}: {each} instructions a weight"
 
 
 test_kernel = both(run_interpreted, run_compiled)
