@@ -4,6 +4,8 @@ import json
 import platform
 import time
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,9 @@ def record(claim: str, rows: Sequence[Row], **setting: Any) -> Path:
     print(table(rows))
     path = RESULTS / f"{claim}-{short_device()}.json"
     path.parent.mkdir(exist_ok=True)
-    where = {"device": device(), "torch": torch.__version__, "python": platform.python_version()}
+    where: Row = {"device": device(), "torch": torch.__version__, "python": platform.python_version()}
+    if torch.cuda.is_available():  # attention over packed documents is twice as fast with it
+        where = {**where, "cudnn_frontend": version("nvidia-cudnn-frontend") if find_spec("cudnn") else None}
     told = {"claim": claim, **where, "date": time.strftime("%Y-%m-%d"), **setting, "rows": list(rows)}
     path.write_text(json.dumps(told, indent=1) + "\n")
     print(f"written to {path}")
