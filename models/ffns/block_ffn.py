@@ -11,7 +11,7 @@ from farspan.kernels.random import Normal
 from farspan.kernels.route import route
 from farspan.kernels.router_logits import router_logits
 from farspan.models.ffns.experts import Dealt, Experts
-from farspan.models.ffns.router import Routed, RowSums, Tally, by_row, met, numbered, squared_lse, without_padding
+from farspan.models.ffns.router import Routed, RowSums, Tally, numbered, uncharged, without_padding
 from farspan.models.linear import Linear, Plain
 from farspan.models.roles import RoleKind
 from farspan.parallel.context.shard import Documents
@@ -88,7 +88,7 @@ class BlockFfnLayer(Routed):
 
     def forward(self, x: Tensor, documents: Documents) -> tuple[Tensor, Tally]:
         """x: B T D. Logits and weights are in at least fp32."""
-        config, tokens, rows = self.config, x.flatten(0, 1), len(x)
+        config, tokens = self.config, x.flatten(0, 1)
         logits = router_logits(tokens, self.router.weight)
         # What recomputation keeps is the choice of `route` with its sigmoids: who was above zero then stays so.
         sign, chosen = route(logits.detach(), config.columns, score="sigmoid")
@@ -97,14 +97,9 @@ class BlockFfnLayer(Routed):
         weight = active * (active.square().mean(-1, keepdim=True) + config.eps).rsqrt() * self.gain.to(logits.dtype)
         share = torch.where(chosen >= 0, weight.gather(1, chosen.long().clamp(min=0)), 0.0)
         out = self.experts(Visits(tokens, chosen, share)).view_as(x)
-        none = logits.new_zeros(())
-        return out, Tally(
-            given=by_row(met(chosen, logits), documents, rows),
-            scores=self._losses(logits, documents, x) if config.locality + config.sparsity else none,
-            z=squared_lse(logits, documents, rows, learns=False),
-            dropped=none,
-            wish=none,
-        )
+        tally = uncharged(chosen, logits, documents, len(x))
+        learns = config.locality + config.sparsity > 0
+        return out, tally._replace(scores=self._losses(logits, documents, x)) if learns else tally
 
     def _losses(self, logits: Tensor, documents: Documents, x: Tensor) -> Tensor:
         """Locality and sparsity, summed over the tokens of each row: R 2, this rank's part.

@@ -10,7 +10,7 @@ from farspan.kernels.route import route
 from farspan.kernels.router_logits import router_logits
 from farspan.models.ffns.capacity import most, within
 from farspan.models.ffns.experts import Dealt, Experts
-from farspan.models.ffns.router import Routed, RowSums, Tally, by_row, met, numbered, squared_lse, without_padding
+from farspan.models.ffns.router import Routed, Tally, numbered, uncharged, without_padding
 from farspan.models.linear import Linear, Plain
 from farspan.models.roles import RoleKind
 from farspan.parallel.context.shard import Documents
@@ -71,7 +71,7 @@ class ExpertChoiceFfn(Routed):
 
     def forward(self, x: Tensor, documents: Documents) -> tuple[Tensor, Tally]:
         """x: B T D. Logits, scores and choice are in at least fp32; who is chosen by nobody is given zeros."""
-        config, tokens, rows = self.config, x.flatten(0, 1), len(x)
+        config, tokens = self.config, x.flatten(0, 1)
         numbers, whole = numbered(documents, x)
         logits = router_logits(tokens, self.router.weight)
         probability, best = route(logits, config.columns, score="softmax", normalised=False)
@@ -88,15 +88,4 @@ class ExpertChoiceFfn(Routed):
         )
         room = partial(most, active=config.active, experts=config.experts, factor=1.0)
         out = self.experts(Visits(tokens, chosen, probability, room)).view_as(x)
-        none = logits.new_zeros(())
-        return out, Tally(
-            given=by_row(met(chosen, logits), documents, rows),
-            scores=none,
-            z=squared_lse(logits, documents, rows, learns=False),
-            dropped=none,
-            wish=none,
-        )
-
-    def charge(self, tally: Tally, given: Tensor, over: RowSums, rows: RowSums) -> Tensor:
-        """Nothing: loads are even as they are."""
-        return given.new_zeros(())
+        return out, uncharged(chosen, logits, documents, len(x))

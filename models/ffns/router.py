@@ -58,12 +58,13 @@ class Routed(nn.Module, ABC):
     def forward(self, x: Tensor, documents: Documents) -> tuple[Tensor, Tally]:
         """x: B T D, this rank's tokens; padding meets no expert."""
 
-    @abstractmethod
     def charge(self, tally: Tally, given: Tensor, over: RowSums, rows: RowSums) -> Tensor:
-        """What this rank's tokens are charged, in nats times labels: the ranks' parts sum to the whole.
+        """What this rank's tokens are charged, in nats times labels: the ranks' parts sum to the whole. By itself
+        nothing.
 
         given: tokens within `scope` that chose each expert, R E or 1 E; over: of the same, how many; rows: R.
         """
+        return given.new_zeros(())
 
     def tell(self, name: str, now: Now) -> None:
         """Called before every micro-batch that is learnt from; name: the layer's in the model."""
@@ -132,6 +133,13 @@ def met(chosen: Tensor, like: Tensor) -> Tensor:
     tokens, experts = like.shape
     found = torch.zeros(tokens, experts + 1, dtype=like.dtype, device=like.device)
     return found.scatter(1, torch.where(chosen < 0, experts, chosen).long(), 1.0)[:, :-1]
+
+
+def uncharged(chosen: Tensor, logits: Tensor, documents: Documents, rows: int) -> Tally:
+    """chosen: N K, logits: N E -> what is told of a router that drops nothing and learns by the tokens' loss alone."""
+    none = logits.new_zeros(())
+    given, z = by_row(met(chosen, logits), documents, rows), squared_lse(logits, documents, rows, learns=False)
+    return Tally(given, scores=none, z=z, dropped=none, wish=none)
 
 
 def squared_lse(logits: Tensor, documents: Documents, rows: int, learns: bool) -> Tensor:

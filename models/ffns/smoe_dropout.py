@@ -10,7 +10,7 @@ from farspan.kernels.random import Normal
 from farspan.kernels.route import route
 from farspan.kernels.router_logits import router_logits
 from farspan.models.ffns.experts import Dealt, Experts
-from farspan.models.ffns.router import Kept, Routed, RowSums, Tally, by_row, met, squared_lse, without_padding
+from farspan.models.ffns.router import Kept, Routed, Tally, uncharged, without_padding
 from farspan.models.linear import Linear, Plain
 from farspan.parallel.context.shard import Documents
 from farspan.parallel.expert import Visits
@@ -77,18 +77,7 @@ class SmoeDropoutFfn(Routed):
         share = logits.gather(1, chosen.long()).masked_fill(~takes, -torch.inf).softmax(-1)
         chosen = without_padding(torch.where(takes, chosen, -1), documents)
         out = self.experts(Visits(tokens, chosen, share)).view_as(x)
-        none, rows = logits.new_zeros(()), len(x)
-        return out, Tally(
-            given=by_row(met(chosen, logits), documents, rows),
-            scores=none,
-            z=squared_lse(logits, documents, rows, learns=False),
-            dropped=none,
-            wish=none,
-        )
-
-    def charge(self, tally: Tally, given: Tensor, over: RowSums, rows: RowSums) -> Tensor:
-        """Nothing: what the router does, it does for ever."""
-        return given.new_zeros(())
+        return out, uncharged(chosen, logits, documents, len(x))
 
     def tell(self, name: str, now: Now) -> None:
         self.active.value.fill_(self.config.active(now.step))

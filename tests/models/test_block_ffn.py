@@ -8,14 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from farspan.models.block import Block
-from farspan.models.decoder import initial
 from farspan.models.ffns import BlockFfn
 from farspan.models.ffns.block_ffn import BlockFfnLayer
 from farspan.models.ffns.router import RowSums
-from farspan.models.norm import Rms
-from farspan.parallel import recompute
-from farspan.parallel.context.local import Local
 from farspan.parallel.context.shard import Documents
 
 PLAIN = BlockFfn(experts=6, hidden=5)
@@ -85,27 +80,6 @@ def test_neighbours_are_charged_by_definition(shuffled: bool) -> None:
     torch.testing.assert_close(cost, wanted, rtol=1e-4, atol=1e-4)  # 1e-5 under the logarithm
     found, expected = (torch.autograd.grad(y, module.router.weight)[0] for y in (cost, wanted))
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize("keep", [0.0, 0.5])
-def test_recomputation_changes_nothing(keep: float) -> None:
-    def gradients(keep: float | None) -> list[Tensor]:
-        layer = Block(mixer=None, ffn=PLAIN).build(8, 2, Rms(), "pre", Local()).to(torch.float64)
-        with torch.no_grad():
-            for i, weight in enumerate(layer.parameters()):
-                weight.copy_(made(i, *weight.shape))
-        recompute.apply(layer, keep)
-        x = made(5, 2, 9, 8).requires_grad_()
-        out, _ = layer(x, None, Documents())
-        return list(torch.autograd.grad(out.sin().sum(), [x, *layer.parameters()]))
-
-    for ours, theirs in zip(gradients(keep), gradients(None), strict=True):
-        assert torch.equal(ours, theirs)
-
-
-def test_every_weight_has_a_beginning() -> None:
-    layer = PLAIN.build(8, 2)
-    assert set(initial(layer)) == {name for name, _ in layer.named_parameters()}
 
 
 @pytest.mark.parametrize(

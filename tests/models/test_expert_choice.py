@@ -9,13 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from farspan.models.block import Block
-from farspan.models.decoder import Decoder, initial
+from farspan.models.decoder import Decoder
 from farspan.models.ffns import ExpertChoice
 from farspan.models.ffns.expert_choice import ExpertChoiceFfn
 from farspan.models.mixers import Softmax
-from farspan.models.norm import Rms
-from farspan.parallel import recompute
-from farspan.parallel.context.local import Local
 from farspan.parallel.context.shard import Documents
 
 PLAIN = ExpertChoice(experts=6, active=1.5, hidden=5)
@@ -81,27 +78,6 @@ def test_alike_tokens_are_taken_in_their_order() -> None:
     out, tally = module(row, Documents())
     assert tally.given.tolist() == [[3] * 6]
     assert out[0, :3].abs().min() > 0 and not out[0, 3:].any()
-
-
-@pytest.mark.parametrize("keep", [0.0, 0.5])
-def test_recomputation_changes_nothing(keep: float) -> None:
-    def gradients(keep: float | None) -> list[Tensor]:
-        layer = Block(mixer=None, ffn=PLAIN).build(8, 2, Rms(), "pre", Local()).to(torch.float64)
-        with torch.no_grad():
-            for i, weight in enumerate(layer.parameters()):
-                weight.copy_(made(i, *weight.shape))
-        recompute.apply(layer, keep)
-        x = made(5, 2, 9, 8).requires_grad_()
-        out, _ = layer(x, None, Documents())
-        return list(torch.autograd.grad(out.sin().sum(), [x, *layer.parameters()]))
-
-    for ours, theirs in zip(gradients(keep), gradients(None), strict=True):
-        assert torch.equal(ours, theirs)
-
-
-def test_every_weight_has_a_beginning() -> None:
-    layer = PLAIN.build(8, 2)
-    assert set(initial(layer)) == {name for name, _ in layer.named_parameters()}
 
 
 @pytest.mark.parametrize(

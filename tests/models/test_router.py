@@ -10,11 +10,13 @@ from torch import Tensor
 from farspan.kernels.route import route
 from farspan.models.block import Block
 from farspan.models.decoder import Decoder, initial
-from farspan.models.ffns import Moe
+from farspan.models.ffns import BlockFfn, ExpertChoice, Moe, SmoeDropout, Sparse
 from farspan.models.ffns.balance import quantiles, shifted
 from farspan.models.ffns.capacity import Drop, within
 from farspan.models.ffns.moe import MoeFfn
 from farspan.models.ffns.router import Kept, Scope
+from farspan.models.norm import Rms
+from farspan.parallel import recompute
 from farspan.parallel.context.local import Local
 from farspan.parallel.context.shard import IGNORE, Batch, Documents
 from farspan.parallel.expert import Visits
@@ -240,6 +242,36 @@ def test_who_finds_no_room_adds_nothing_and_is_counted() -> None:
     assert int((kept < 0).sum()) == int(tally.dropped)
     wanted = module.experts(Visits(x.flatten(0, 1), kept, p)).view_as(x)
     torch.testing.assert_close(out, wanted)
+
+
+KINDS: dict[str, Sparse] = {
+    "block_ffn": BlockFfn(experts=6, hidden=5),
+    "smoe_dropout": SmoeDropout(experts=6, hidden=5, first=2, last=4, over=9),
+    "expert_choice": ExpertChoice(experts=6, active=1.5, hidden=5),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("keep", [0.0, 0.5])
+def test_recomputation_changes_nothing(name: str, keep: float) -> None:
+    def gradients(keep: float | None) -> list[Tensor]:
+        layer = Block(mixer=None, ffn=KINDS[name]).build(8, 2, Rms(), "pre", Local()).to(torch.float64)
+        with torch.no_grad():
+            for i, weight in enumerate(layer.parameters()):
+                weight.copy_(made(i, *weight.shape))
+        recompute.apply(layer, keep)
+        x = made(5, 2, 9, 8).requires_grad_()
+        out, _ = layer(x, None, Documents())
+        return list(torch.autograd.grad(out.sin().sum(), [x, *layer.parameters()]))
+
+    for ours, theirs in zip(gradients(keep), gradients(None), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_weight_has_a_beginning(name: str) -> None:
+    layer = KINDS[name].build(8, 2)
+    assert set(initial(layer)) >= {name for name, _ in layer.named_parameters()}
 
 
 @pytest.mark.parametrize(
