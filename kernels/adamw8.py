@@ -368,7 +368,7 @@ def _update(  # type: ignore[no-untyped-def]
             tl.store(p_first_scales + line, largest, there)
             tl.store(p_second_scales + line, highest, there)
             first = codes8.signed_nearest(first, _spread(1 / largest, span), p_tables)
-            y = second * _spread(1 / highest, span)
+            y = second * _spread(1 / highest, span)  # a quotient's last bits may put it a little above 1: see codes8
             second = codes8.between(y, random, p_tables) if stochastic else codes8.nearest(y, p_tables)
         tl.store(p_first + at, first.to(p_first.dtype.element_ty), live)
         tl.store(p_second + at, second.to(p_second.dtype.element_ty), live)

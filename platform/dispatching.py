@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from farspan.models.ffns import Moe, SmoeDropout, Sparse
+from farspan.models.ffns import Moe, Sparse
 from farspan.parallel.comm import Group
 from farspan.parallel.expert import Auto, WeightGather, auto
 from farspan.parallel.mesh import Mesh
@@ -73,7 +73,7 @@ def _layers(job: Job, mesh: Mesh, compute: torch.dtype) -> dict[auto.Layer, int]
             layer = auto.Layer(
                 tokens=tokens,
                 experts=ffn.experts,
-                active=_met(ffn),
+                active=ffn.met,
                 width=job.model.width,
                 hidden=ffn.hidden // mesh.sizes.etp,
                 itemsize=compute.itemsize,
@@ -81,10 +81,3 @@ def _layers(job: Job, mesh: Mesh, compute: torch.dtype) -> dict[auto.Layer, int]
             )
             found[layer] = found.get(layer, 0) + block.repeat
     return found
-
-
-def _met(ffn: Sparse) -> int:
-    """Experts that a token meets at most."""
-    if isinstance(ffn, Moe):
-        return ffn.active
-    return ffn.last if isinstance(ffn, SmoeDropout) else ffn.columns

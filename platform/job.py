@@ -177,30 +177,35 @@ class Job:
                 f"metrics.trace.first={trace.first}: is beyond train.steps={self.train.steps}; lower it, or trace: null"
             )
         if self.train.evaluate and self.data.held_out == 0:
-            place = "data.sources.0.data.held_out" if isinstance(self.data, Mixture) else "data.held_out"
-            found.append(f"{place}=0: train.evaluate needs held-out documents; try 0.01, or evaluate: null")
+            found.append(
+                f"{self._documents}.held_out=0: train.evaluate needs held-out documents; try 0.01, or evaluate: null"
+            )
         found += self._sight_problems()
         return found + (self._one_way() if self.data.both_ways else [])
 
+    @property
+    def _documents(self) -> str:
+        """Where the configuration says how documents are read, of a mixture the first."""
+        return "data.sources.0.data" if isinstance(self.data, Mixture) else "data"
+
     def _sight_problems(self) -> list[str]:
         """What keeps tokens from being told from what the mixers show."""
-        if self.model.causal:
-            return (
-                []
-                if self.data.causal
-                else [
-                    "data.objective.kind=masked: hidden tokens are told from both sides, and "
-                    "every mixer looks back only; set model.blocks.0.mixer.causal=false, or another objective"
-                ]
+        mixers = [(i, block.mixer) for i, block in enumerate(self.model.blocks) if block.mixer]
+        objective, found = f"{self._documents}.objective", []
+        if self.model.causal and not self.data.causal:
+            free = next((f"set model.blocks.{i}.mixer.causal=false" for i, mixer in mixers if not mixer.window), "")
+            way = free or "add a mixer without a window and with causal: false"
+            found.append(
+                f"{objective}.kind=masked: hidden tokens are told from both sides, and every mixer looks back only; "
+                f"{way}, or another objective"
             )
-        found = []
-        if self.data.causal:
-            at = next(i for i, block in enumerate(self.model.blocks) if block.mixer and not block.mixer.causal)
+        if self.data.causal and not self.model.causal:
+            at = next(i for i, mixer in mixers if not mixer.causal)
             found.append(
                 f"model.blocks.{at}.mixer.causal=False: tokens would see what they are to predict; set "
-                "data.objective={kind: masked}, or causal: true"
+                f"{objective}={{kind: masked}}, or causal: true"
             )
-        if self.train.sample is not None:
+        if self.train.sample is not None and not self.model.causal:
             found.append(
                 "train.sample: text is written from left to right, which needs causal mixers; set sample: null"
             )

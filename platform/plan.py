@@ -35,7 +35,7 @@ class Memory:
     recomputed: int
     """What the backward of one layer brings back."""
     logits: int
-    """One chunk of the loss and the head's gradient: what they take beyond that, which finds them gone."""
+    """The head's gradient, and what a chunk of the loss takes beyond what is recomputed, which finds that gone."""
     host: int
     """What waits in the host's memory, and is in none of the others."""
 
@@ -95,8 +95,9 @@ def plan(job: Job, world: int, device: str) -> Plan:
     with torch.device("meta"):
         whole, held = (job.model.build(job.data.vocabulary, job.parallel.context.build()) for _ in range(2))
     tensor.cut(held, sizes.tp, sizes.ep, sizes.etp)
-    if (meeting := sizes.etp * (sizes.ep if isinstance(job.parallel.dispatch, AllGather) else 1)) > 1:
-        tensor.dispatch(held, _Gathering(meeting))
+    if sizes.etp * sizes.ep > 1:
+        together = sizes.etp * (sizes.ep if isinstance(job.parallel.dispatch, AllGather) else 1)
+        tensor.dispatch(held, _Meeting(together, sizes.etp * sizes.ep))
     rows = job.train.batch // sizes.dp
     micro = min(job.train.micro_batch or rows, rows)
     compute = compute_type(job, torch.device(device)) or torch.float32
@@ -116,16 +117,19 @@ def plan(job: Job, world: int, device: str) -> Plan:
     )
 
 
-class _Gathering(Local):
-    """On the meta device: the tokens of so many ranks, as many of each, meet this one's experts."""
+class _Meeting(Local):
+    """On the meta device: what `together` ranks have, as much each, meets this one's experts; or as much comes as goes,
+    from `guests` ranks."""
 
-    def __init__(self, ranks: int) -> None:
+    def __init__(self, together: int, guests: int) -> None:
         super().__init__()
-        self.ranks = ranks
+        self.together, self.guests = together, guests
 
     def run(self, visits: Visits, w13: Tensor, w2: Tensor, beside: Beside | None = None) -> Tensor:
-        theirs, wishes, share = (x.repeat(self.ranks, 1) for x in visits[:3])
-        found = super().run(Visits(theirs, wishes, share), w13, w2)[: len(visits.tokens)]
+        if self.together == 1:
+            return super().run(visits, w13, w2, beside)
+        theirs, wishes, share = (x.repeat(self.together, 1) for x in visits[:3])
+        found = super().run(Visits(theirs, wishes, share, *visits[3:]), w13, w2)[: len(visits.tokens)]
         return found if beside is None else found + beside()
 
 
@@ -152,7 +156,8 @@ def _memory(job: Job, model: DecoderModel, sizes: Sizes, cut: tuple[int, int], c
     held = held_types(job, sizes.dp, compute)
     gathered = _gathered(model, sizes, job.gathering(sizes) == "step", held.weights == compute)
     activations, again, host = _activations(job, model.to(compute), *cut)
-    chunk = min(1 << 27, cut[0] * cut[1] * head.shape[0])
+    chunk = min(1 << 27, cut[0] * cut[1] * head.shape[0]) * (4 + 4 + compute.itemsize)
+    learnt = compute.itemsize * head.numel()  # summed in fp32
     return Memory(
         weights=held.weights.itemsize * part,
         gradients=held.gradients.itemsize * part,
@@ -160,7 +165,7 @@ def _memory(job: Job, model: DecoderModel, sizes: Sizes, cut: tuple[int, int], c
         gathered=gathered * compute.itemsize,
         activations=activations,
         recomputed=again,
-        logits=max(0, chunk * (4 + 4 + compute.itemsize) + 4 * head.numel() - again),
+        logits=learnt + max(0, chunk + 4 * head.numel() - learnt - again),
         host=host,
     )
 

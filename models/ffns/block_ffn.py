@@ -58,7 +58,7 @@ class BlockFfn(Dealt):
                 raise ValueError(f"{name}={value}: {loss}=0 has no use for it; set {loss}, or leave {name} at {usual}")
 
     @property
-    def columns(self) -> int:
+    def met(self) -> int:
         return self.most or self.experts
 
     def build(self, width: int, depth: int, linear: Linear = Plain()) -> "BlockFfnLayer":  # noqa: B008 - frozen
@@ -84,14 +84,14 @@ class BlockFfnLayer(Routed):
 
     def flops(self, lengths: tuple[int, ...]) -> int:
         """Forward operations for documents of these lengths, if every token met `most` experts: no more than those."""
-        return 2 * sum(lengths) * (self.router.weight.numel() + self.config.columns * self.experts.size)
+        return 2 * sum(lengths) * (self.router.weight.numel() + self.config.met * self.experts.size)
 
     def forward(self, x: Tensor, documents: Documents) -> tuple[Tensor, Tally]:
         """x: B T D. Logits and weights are in at least fp32."""
         config, tokens = self.config, x.flatten(0, 1)
         logits = router_logits(tokens, self.router.weight)
         # What recomputation keeps is the choice of `route` with its sigmoids: who was above zero then stays so.
-        sign, chosen = route(logits.detach(), config.columns, score="sigmoid")
+        sign, chosen = route(logits.detach(), config.met, score="sigmoid")
         chosen = without_padding(torch.where(sign > 0.5, chosen, -1), documents)
         active = logits.relu()
         weight = active * (active.square().mean(-1, keepdim=True) + config.eps).rsqrt() * self.gain.to(logits.dtype)

@@ -11,15 +11,15 @@ Drop = Literal["last", "least"]
 """Who finds no room: the last tokens of the row that chose the expert, or those that gave it the least probability."""
 
 GRAINS = 1 << 12
-"""Probabilities that differ by less than one of so many parts are alike to `least`, and the earlier token stays: what
-is left to rounding would differ from mesh to mesh."""
+"""`least` rounds probabilities to so many parts, and of equal ones the earlier token stays: what is left to the last
+bit would differ from mesh to mesh."""
 
 
 NEAR = 1e-9
 """What is that little above a whole number of visits is rounding, not another visit."""
 
 
-def most(rows: int, length: int, *, active: float, experts: int, factor: float) -> int:
+def most(rows: int, length: int, *, active: int, experts: int, factor: float) -> int:
     """What an expert takes at most of rows of such a length."""
     return rows * ceil(length * active * (factor / experts) - NEAR)
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
+from math import ceil
 
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ from farspan.parallel.context.shard import Documents
 from farspan.parallel.expert import Visits
 
 GRAINS = 1 << 16
-"""What probabilities are compared to: a threshold lies among all tokens of a row, which differ by little."""
+"""Parts that probabilities are rounded to: a threshold lies among all tokens of a row, which differ by little."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,22 +32,18 @@ class ExpertChoice(Dealt):
     """How many of them a token meets on average: an expert takes active * tokens / experts of a row, rounded up."""
     hidden: int
     """Channels between the two products of one expert."""
-    most: int | None = None
-    """An expert chooses among the tokens that it scores among their best `most` experts for: memory is for so many
-    visits of each token; null: among all, with memory for every expert."""
 
     def __post_init__(self) -> None:
         if self.experts < 2 or self.hidden < 1:
             raise ValueError(f"experts={self.experts}, hidden={self.hidden}: must be at least 2 and 1")
-        if self.most is not None and not 1 <= self.most <= self.experts:
-            raise ValueError(f"most={self.most}: must be from 1 to experts={self.experts}, or null")
-        if not 0 < self.active <= self.columns:
-            limit = f"experts={self.experts}" if self.most is None else f"most={self.most}"
-            raise ValueError(f"active={self.active}: must be above 0, and no more than {limit}; 2 is usual")
+        if not 0 < self.active <= self.experts:
+            raise ValueError(
+                f"active={self.active}: must be above 0, and no more than experts={self.experts}; 2 is usual"
+            )
 
     @property
-    def columns(self) -> int:
-        return self.most or self.experts
+    def met(self) -> int:
+        return ceil(self.active)
 
     def build(self, width: int, depth: int, linear: Linear = Plain()) -> "ExpertChoiceFfn":  # noqa: B008 - frozen
         return ExpertChoiceFfn(self, width, depth)
@@ -70,22 +67,26 @@ class ExpertChoiceFfn(Routed):
         return 2 * round(sum(lengths) * (self.router.weight.numel() + self.config.active * self.experts.size))
 
     def forward(self, x: Tensor, documents: Documents) -> tuple[Tensor, Tally]:
-        """x: B T D. Logits, scores and choice are in at least fp32; who is chosen by nobody is given zeros."""
-        config, tokens = self.config, x.flatten(0, 1)
+        """x: B T D. Logits, scores and choice are in at least fp32; who is chosen by nobody is given zeros.
+
+        All tokens wish for all experts, which take so many of the row's as a capacity leaves room for.
+        """
+        count, tokens = self.config.experts, x.flatten(0, 1)
         numbers, whole = numbered(documents, x)
         logits = router_logits(tokens, self.router.weight)
-        probability, best = route(logits, config.columns, score="softmax", normalised=False)
+        probability, every = route(logits, count, score="softmax", normalised=False)
+        share = self.config.active / count
         chosen = within(
-            without_padding(best, documents),
+            without_padding(every, documents),
             probability,
             numbers,
             whole,
-            config.experts,
-            factor=config.active / config.columns,  # of all tokens' visits to their best experts
+            count,
+            factor=share,
             drop="least",
             every=self.experts.dispatcher.every,
             grains=GRAINS,
         )
-        room = partial(most, active=config.active, experts=config.experts, factor=1.0)
-        out = self.experts(Visits(tokens, chosen, probability, room)).view_as(x)
+        room = partial(most, active=count, experts=count, factor=share)
+        out = self.experts(Visits(tokens, chosen, probability, room, whole)).view_as(x)
         return out, uncharged(chosen, logits, documents, len(x))

@@ -1,5 +1,6 @@
 """The weights of experts, and the layer that a router sends tokens through them in."""
 
+from abc import ABC, abstractmethod
 from math import sqrt
 
 import torch
@@ -37,11 +38,16 @@ class Experts(nn.Module):
         return self.dispatcher.run(visits, self.w13, self.w2, beside)
 
 
-class Dealt:
+class Dealt(ABC):
     """What configurations of experts answer alike: experts are dealt out to ep and etp, and tp leaves them alone."""
 
     experts: int
     hidden: int
+
+    @property
+    @abstractmethod
+    def met(self) -> int:
+        """How many experts a token meets: on average where they choose, at most where tokens do."""
 
     def tensor_problems(self, tp: int) -> list[str]:
         """What keeps the layer from being spread over `tp` ranks."""

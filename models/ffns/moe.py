@@ -141,6 +141,10 @@ class Moe(Dealt):
         """What keeps the shared expert from being spread over `tp` ranks; the others are over ep and etp."""
         return [f"shared: {found}" for found in Swiglu(hidden=self.shared).tensor_problems(tp)] if self.shared else []
 
+    @property
+    def met(self) -> int:
+        return self.active
+
     def build(self, width: int, depth: int, linear: Linear = Plain()) -> "MoeFfn":  # noqa: B008 - frozen
         return MoeFfn(self, width, depth)
 
@@ -183,7 +187,7 @@ class MoeFfn(Routed):
             chosen = self._within(wanted, probability, numbers, whole)
             room = partial(most, active=config.active, experts=config.experts, factor=config.capacity)
         beside = None if self.shared is None else partial(self._beside, x)
-        out = self.experts(Visits(tokens, chosen, probability, room), beside).view_as(x)
+        out = self.experts(Visits(tokens, chosen, probability, room, whole), beside).view_as(x)
         return out, self._tally(logits, wanted, chosen, documents, len(x))
 
     def _beside(self, x: Tensor) -> Tensor:

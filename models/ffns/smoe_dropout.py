@@ -47,6 +47,10 @@ class SmoeDropout(Dealt):
         """How many experts a token meets after so many steps."""
         return self.first + round((self.last - self.first) * min(1.0, step / self.over))
 
+    @property
+    def met(self) -> int:
+        return self.last
+
     def build(self, width: int, depth: int, linear: Linear = Plain()) -> "SmoeDropoutFfn":  # noqa: B008 - frozen
         return SmoeDropoutFfn(self, width, depth)
 

@@ -103,6 +103,8 @@ class Batch:
         if apart:
             starts = torch.arange(rows + 1, dtype=torch.int32, device=self.tokens.device) * (length + extra)
             bounds = torch.cat((starts if bounds is None else bounds, starts[:-1] + length)).sort().values
+            entries = max(16, 1 << (len(bounds) - 1).bit_length())
+            bounds = torch.cat((bounds, bounds[-1:].expand(entries - len(bounds))))
 
         return replace(
             self,

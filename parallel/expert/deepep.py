@@ -41,7 +41,7 @@ class Buffered(Local):
 
     @torch.compiler.disable  # sizes come from the device, and a compiler would not know what may hide behind what
     def _meet(self, visits: Visits, w13: Tensor, w2: Tensor, beside: Beside | None) -> tuple[Tensor, Tensor | None]:
-        tokens, chosen, probability, _ = visits
+        tokens, chosen, probability = visits[:3]
         if tokens.dtype != torch.bfloat16:
             raise ValueError(
                 f"parallel.dispatch.kind=deep_ep: sends bf16 tokens, not {tokens.dtype}; set train.precision: bf16, or "

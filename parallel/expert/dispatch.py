@@ -51,6 +51,8 @@ class Visits(NamedTuple):
     """N K."""
     most: Callable[[int, int], int] | None = None
     """How many tokens choose one expert at most, of so many rows of such a length; None: all may."""
+    whole: tuple[int, int] = (0, 0)
+    """The rows that the tokens are of, and their length, where `most` is told."""
 
 
 class Dispatcher(Protocol):
@@ -90,6 +92,8 @@ class Local:
     def __init__(self, axes: Axes = Axes()) -> None:
         self.axes = axes
         self._tokens, self._rows, self._length = 0, 0, 0
+        self.guests = 1 if axes.etp is None else axes.etp.size
+        """Ranks whose tokens are put together before they meet experts."""
 
     def expect(self, tokens: int, rows: int, length: int) -> None:
         if self.ragged and self.axes.etp is None:
@@ -100,7 +104,7 @@ class Local:
         self._tokens, self._rows, self._length = most.tolist()
 
     def run(self, visits: Visits, w13: Tensor, w2: Tensor, beside: Beside | None = None) -> Tensor:
-        tokens, chosen, probability, most = visits
+        tokens, chosen, probability = visits[:3]
         if tokens.is_meta:  # to be measured: as many tokens come as go
             return _sum(*Local._meet(self, visits, w13, w2, beside))
         count = len(tokens)
@@ -110,7 +114,7 @@ class Local:
         if (etp := self.axes.etp) is not None:
             tokens, probability = (gather(x.unsqueeze(0), etp).squeeze(0) for x in (tokens, probability))
             chosen = gather_rows(chosen, etp).flatten(0, 1)
-        found, extra = self._meet(Visits(tokens, chosen, probability, most), w13, w2, beside)
+        found, extra = self._meet(Visits(tokens, chosen, probability, *visits[3:]), w13, w2, beside)
         if etp is not None:
             found = scatter(found.unsqueeze(0), etp).squeeze(0)
         return _sum(found[:count], extra)
@@ -133,8 +137,16 @@ class Local:
 
     def _meet(self, visits: Visits, w13: Tensor, w2: Tensor, beside: Beside | None) -> tuple[Tensor, Tensor | None]:
         """visits: of all etp, with as many tokens each -> what they make of experts, and what `beside` found."""
-        found = through(visits.tokens, w13, w2, visits.probability, sort(visits.chosen, len(w13)))
+        order = sort(visits.chosen, len(w13), self._room(visits, len(w13), visits.chosen.numel()))
+        found = through(visits.tokens, w13, w2, visits.probability, order)
         return found, None if beside is None else beside()
+
+    def _room(self, visits: Visits, experts: int, paid: int) -> int:
+        """Of so many visits, those that `experts` of them are paid at most."""
+        if visits.most is None:
+            return paid
+        rows, length = (self._rows, self._length) if self._rows else visits.whole
+        return min(paid, experts * self.guests * visits.most(rows, length))
 
 
 def _sum(found: Tensor, extra: Tensor | None) -> Tensor:

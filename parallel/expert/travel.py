@@ -38,8 +38,8 @@ class _Trip:
     there: Start
     back: Start
     """Rows of guests become rows of those who sent them."""
-    room: int | None = None
-    """Visits of this rank's experts at most; None: guests may all visit all they can."""
+    room: int
+    """Visits of this rank's experts at most."""
     home: Callable[[Tensor], Tensor] | None = None
     """What came back -> N D, of the tokens that left; None: it is that."""
 
@@ -73,25 +73,23 @@ class Travelling(Local):
         """All ranks make as many, of sizes of their own."""
         if self.chunks == 1:
             return [visits]
-        tokens, chosen, probability, most = visits
+        tokens, chosen, probability = visits[:3]
         count = len(tokens)
         ends = [count * i // self.chunks for i in range(self.chunks + 1)]
         sizes = [end - begin for begin, end in pairwise(ends)]
         parts = zip(tokens.split(sizes), chosen.split(sizes), probability.split(sizes), strict=True)
-        return [Visits(*part, most=most) for part in parts]
+        return [Visits(*part, *visits[3:]) for part in parts]
 
-    def _departed(self, visits: Visits, there: Start, back: Start) -> _Trip:
+    def _departed(self, visits: Visits, there: Start, back: Start, room: int) -> _Trip:
         """visits: as they travel. Wishes go first: they are put in order while tokens are under way."""
         wishes = there(visits.chosen)
         share, tokens = (Crossing(x, there, back, self.clock) for x in (visits.probability, visits.tokens))
-        return _Trip(tokens=tokens, share=share, wishes=wishes, there=there, back=back)
+        return _Trip(tokens=tokens, share=share, wishes=wishes, there=there, back=back, room=room)
 
     def _work(self, trip: _Trip, w13: Tensor, w2: Tensor) -> "Crossing":
         """What the guests of this rank make of its experts, on its way back."""
         experts = len(w13)
-        seats = sort(self.clock.wait(trip.wishes) - self.ep.rank * experts, experts)
-        if trip.room is not None:
-            seats = replace(seats, rows=seats.rows[: trip.room])
+        seats = sort(self.clock.wait(trip.wishes) - self.ep.rank * experts, experts, trip.room)
         found = through(trip.tokens.arrive(), w13, w2, trip.share.arrive(), seats)
         return Crossing(found, trip.back, trip.there, self.clock)
 
@@ -101,9 +99,16 @@ class Gathered(Travelling):
 
     ragged = False
 
+    def __init__(self, axes: Axes, ep: Group) -> None:
+        super().__init__(axes, ep)
+        self.guests *= ep.size
+
     def _leave(self, chunks: Sequence[Visits], experts: int) -> list[_Trip]:
         there, back = (partial(start, size=self.ep.size, name=self.ep.name) for start in (_gather, _sum))
-        return [self._departed(visits, there, back) for visits in chunks]
+        return [
+            self._departed(visits, there, back, self._room(visits, experts, self.ep.size * visits.chosen.numel()))
+            for visits in chunks
+        ]
 
 
 class Exchanged(Travelling):
@@ -125,7 +130,7 @@ class Exchanged(Travelling):
         """As long as tokens need."""
         ranks = self.ep.size
         owners = [visits.chosen.div(experts, rounding_mode="floor") for visits in chunks]
-        orders = [sort(_once(owner), ranks) for owner in owners]
+        orders = [sort(_once(owner, ranks), ranks) for owner in owners]
         each = [
             (o.ends.diff(prepend=o.ends[:1] * 0), _given(owner, ranks)) for o, owner in zip(orders, owners, strict=True)
         ]
@@ -142,14 +147,11 @@ class Exchanged(Travelling):
     def _padded(self, chunks: Sequence[Visits], experts: int) -> list["_Ride"]:
         """As long as tokens may need at most: where nobody sits travels whatever memory held, and wishes for nobody."""
         ranks, rides = self.ep.size, []
-        for tokens, chosen, _, most in chunks:
-            count, k = len(tokens), chosen.shape[1]
-            visits = count * min(k, experts)  # that a rank's tokens pay to another one's experts
-            if most is not None:  # rows of all ranks are no more and no longer
-                held = 1 if self.axes.etp is None else self.axes.etp.size
-                visits = experts * min(count, held * most(self._rows, self._length))
-            room = min(count, visits)
-            owner = _once(chosen.div(experts, rounding_mode="floor"))
+        for visits in chunks:
+            (count, k), chosen = visits.chosen.shape, visits.chosen
+            paid = self._room(visits, experts, count * min(k, experts))  # by a rank's tokens to another one's experts
+            room = min(count, paid)
+            owner = _once(chosen.div(experts, rounding_mode="floor"), ranks)
             order = sort(owner, ranks)
             seat = order.places - F.pad(order.ends[:-1], (1, 0))[owner.clamp(0, ranks - 1)]
             sits = (owner >= 0) & (owner < ranks)
@@ -158,18 +160,18 @@ class Exchanged(Travelling):
             numbers = torch.arange(seat.numel(), dtype=torch.int32, device=seat.device)
             rows = seat.new_full((ranks * room + 1,), -1).scatter_(0, seat.flatten().long(), numbers)[:-1]
             seats = Order(rows, seat, seat.new_full((1,), ranks * room))
-            rides.append(_Ride(seats, [room] * ranks, [room] * ranks, ranks * min(visits, room * k)))
+            rides.append(_Ride(seats, [room] * ranks, [room] * ranks, ranks * min(paid, room * k)))
         return rides
 
     def _send(self, visits: Visits, ride: "_Ride") -> _Trip:
-        tokens, chosen, probability, _ = visits
+        tokens, chosen, probability = visits[:3]
         rows, sent, received, name = ride.order.rows, ride.sent, ride.received, self.ep.name
         there = partial(_exchange, sent=sent, received=received, name=name)
         back = partial(_exchange, sent=received, received=sent, name=name)
         wishes = chosen[rows.clamp(min=0).long().div(chosen.shape[1], rounding_mode="floor")]
         wishes = torch.where(rows.unsqueeze(1) < 0, -1, wishes)
         leaving = Visits(permute(tokens, ride.order), wishes, permute(probability, ride.order))
-        return replace(self._departed(leaving, there, back), room=ride.room, home=partial(unpermute, order=ride.order))
+        return replace(self._departed(leaving, there, back, ride.room), home=partial(unpermute, order=ride.order))
 
 
 @dataclass(frozen=True)
@@ -185,10 +187,12 @@ class _Ride:
     """Visits that those who come pay to experts, at most."""
 
 
-def _once(owner: Tensor) -> Tensor:
-    """owner: N K, with -1 for all but the first of those in a row that are the same."""
-    seen = (owner.unsqueeze(2) == owner.unsqueeze(1)).tril(-1).any(2)
-    return torch.where(seen, -1, owner)
+def _once(owner: Tensor, ranks: int) -> Tensor:
+    """owner: N K, with -1 for all but the first of those in a row that are the same rank."""
+    place = torch.where((owner >= 0) & (owner < ranks), owner, ranks).long()
+    turn = torch.arange(owner.shape[1], dtype=torch.int32, device=owner.device).expand_as(owner)
+    first = turn.new_full((len(owner), ranks + 1), owner.shape[1]).scatter_reduce(1, place, turn, "amin")
+    return torch.where(first.gather(1, place) == turn, owner, -1)
 
 
 def _given(owner: Tensor, ranks: int) -> Tensor:

@@ -2,7 +2,8 @@
 was hidden anywhere.
 
 An objective rewrites one document, or what a row holds of it, and never changes its length: a token that only marks
-something costs a token at the document's end. What it draws depends on seed, row number and document alone.
+something takes the place of another, at the document's end but for masks. What it draws depends on seed, row number and
+document alone.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,10 +14,14 @@ from typing import Literal, NamedTuple, final
 import numpy as np
 from numpy.typing import NDArray
 
+from farspan.kernels.random import key
 from farspan.parallel.context.shard import IGNORE
 from farspan.platform.data.corpus import Language
 from farspan.platform.data.draws import Draws
 from farspan.platform.data.row import Row, Rows
+
+HELD_OUT = key("held out")
+"""What decides how held-out rows are rewritten, in every run."""
 
 
 class Fragment(NamedTuple):
@@ -234,7 +239,7 @@ class FillInTheMiddle(Asking):
 @dataclass(frozen=True, kw_only=True)
 class Masked(Asking):
     """Tokens anywhere are hidden behind a sentinel, and told from what is left around them (masked language modelling;
-    Devlin et al., 2019). For mixers with causal: false.
+    Devlin et al., 2018). For mixers with causal: false.
 
     Hidden tokens are never shown as themselves or as others, which gains nothing (Wettig et al., 2023, arXiv
     2202.08005). Held-out documents are asked alike, the same tokens of them in every run.
@@ -366,7 +371,7 @@ def pursue(rows: Rows, objective: Objective, sentinels: Sentinels, seed: int) ->
 def examined(rows: Rows, objective: Objective, sentinels: Sentinels) -> Rows:
     """Held-out rows: as they are, for they are causal; those of a model that is not are rewritten, alike for every
     seed."""
-    return rows if objective.causal else ObjectiveRows(rows, objective, sentinels, seed=0)
+    return rows if objective.causal else ObjectiveRows(rows, objective, sentinels, HELD_OUT)
 
 
 def _open(tokens: NDArray[np.int64], end: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

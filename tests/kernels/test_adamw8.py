@@ -99,6 +99,19 @@ def test_updates_below_half_an_ulp_add_up(master: Master) -> None:
     assert rounded - 2.0**-8 / 30 == 1, "without a residual and without chance nothing would ever move"
 
 
+@pytest.mark.parametrize("drawn", [0, 0xFFFFFFFF])
+def test_no_chance_takes_a_residual_out_of_its_byte(drawn: int) -> None:
+    """Halfway between two bf16 numbers the rest is 127 steps, and no draw adds one."""
+    below = torch.tensor([1.0, 1.9921875, -3.0, 2.0**-126, 1e-38, 0.0])
+    half = 2.0 ** (below.abs().clamp(min=2.0**-126).log2().floor() - 8)
+    wanted = torch.cat([below + sign * part * half for sign in (1, -1) for part in (1.0, 0.999999, 0.5)])
+    weight, residual = torch.empty_like(wanted, dtype=torch.bfloat16), torch.empty_like(wanted, dtype=torch.int8)
+    split(wanted, weight, residual, torch.full(wanted.shape, drawn))
+    assert residual.abs().max() == 127 and (residual > -128).all()
+    apart = (whole(weight, residual) - wanted).abs()
+    assert (apart <= 2.0**-15 * wanted.abs() + 2.0**-133).all()
+
+
 def test_one_large_element_leaves_its_block_stable() -> None:
     """Gradients 10⁴ apart in one block: no update is many times the rate, as a second moment of zero would make it."""
     of = part((1, 256), "fp32", 256)

@@ -87,3 +87,21 @@ def test_drawn_codes_have_the_mean_and_the_maximum_stays() -> None:
     drawn = decode(codes, scales, 64, signed=False)
     torch.testing.assert_close(drawn.mean(0), x[0], rtol=6e-3, atol=1e-7)
     torch.testing.assert_close(drawn[:, 0], torch.ones(4000))
+
+
+@pytest.mark.parametrize("drawn", [0, 0xFFFFFFFF])
+def test_no_chance_makes_a_code_that_there_is_not(drawn: int) -> None:
+    """Codes are bytes that wrap: places stay between -1/2 and 255 1/2 with the least and the largest of all draws."""
+    y = torch.cat((torch.zeros(1), fine(), torch.tensor([1 + 2.0**-22])))  # what a rounded reciprocal may make of 1
+    place = between_codes(y) + ((drawn & 0xFFF0 | 8) * 2.0**-16 - 0.5)
+    assert place.min() > -0.5 and place.max() < 255.5
+    x = y[-257:-1].clone()
+    codes, scales = encode(x, 256, signed=False, random=torch.full((256,), drawn))
+    assert codes[-1] == 255
+    torch.testing.assert_close(decode(codes, scales, 256, signed=False), x, rtol=0.01, atol=0.0)
+
+
+@BOTH
+def test_the_nearest_code_is_one_that_there_is(signed: bool) -> None:
+    place = place_of(torch.cat((torch.zeros(1), fine(), torch.tensor([1 + 2.0**-22]))), signed=signed)
+    assert place.min() > -0.5 and place.max() < (127.5 if signed else 255.5)

@@ -14,8 +14,8 @@ from farspan.launch import runner
 from farspan.models.ffns import Moe
 from farspan.parallel.expert.auto import KINDS
 from farspan.platform import config
-from farspan.platform.dispatching import _needs, _room
-from farspan.platform.plan import Memory, plan
+from farspan.platform.dispatching import _layers, _needs, _room
+from farspan.platform.plan import Memory, Plan, plan
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -82,6 +82,39 @@ def test_memory_is_that_of_the_dispatch() -> None:
     assert whole.activations == pytest.approx(tokens.activations, rel=1e-5) and gathered.gathered == tokens.gathered
     assert memory(4, "parallel.ep=1", "parallel.etp=2").activations > memory(4, "parallel.ep=1").activations
     assert memory(3, "train.batch=3", "parallel.ep=3", "parallel.dispatch={kind: weight_gather}").total, "8 / 3 experts"
+
+
+def test_experts_that_choose_are_planned_for_what_they_take() -> None:
+    """A quarter of the visits are taken, on one rank and on each of two, and products count no more."""
+    path = next(p for p in CONFIGS if p.stem == "expert_choice")
+
+    def planned(active: float, ranks: int) -> Plan:
+        run = runs.decode(
+            config.read(path, [f"launch.ranks={ranks}", f"parallel.ep={ranks}", f"model.blocks.0.ffn.active={active}"])
+        )
+        return plan(run.job, ranks, "cpu")
+
+    tokens, visit = 4 * 8 * 256, 4 * 2 * 128
+    """In all layers; of a visit gate and up alone."""
+    for ranks in (1, 2):
+        few, many = (planned(active, ranks) for active in (2, 8))
+        assert many.memory.activations - few.memory.activations > 0.9 * 6 * tokens * visit
+        assert few.flops_per_token < many.flops_per_token
+    job = runs.decode(config.read(path, ["parallel.ep=2", "model.blocks.0.ffn.active=1.5"])).job
+    mesh = SimpleNamespace(sizes=job.parallel.sizes(2))
+    assert [layer.active for layer in _layers(job, mesh, torch.float32)] == [2]  # type: ignore[arg-type]
+
+
+def test_what_is_recomputed_is_what_was_not_kept() -> None:
+    """Of one layer; logits find it gone, and what of them is larger than it counts as well."""
+    path = next(p for p in CONFIGS if p.stem == "llama_1b")
+    kept, again = (
+        plan(runs.decode(config.read(path, ["launch.ranks=1", f"train.recompute={how}"])).job, 1, "cuda").memory
+        for how in ("none", "block")
+    )
+    assert kept.recomputed == 0 < again.recomputed
+    assert kept.activations - again.activations == 16 * again.recomputed
+    assert again.logits == kept.logits - again.recomputed > 2 * 128256 * 2048, "the head's gradient stays"
 
 
 def test_auto_knows_what_a_gpu_would_hold(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,7 +81,15 @@ def test_what_sees_both_ways_is_cut_across_ranks(corpus: Path) -> None:
             "model.blocks.0.mixer.causal=False: tokens would see what they are to predict; set data.objective={kind: "
             "masked}, or causal: true",
         ),
-        (["data.objective={kind: masked}"], "data.objective.kind=masked: hidden tokens are told from both sides"),
+        (
+            ["data.objective={kind: masked}"],
+            "data.objective.kind=masked: hidden tokens are told from both sides, and every mixer looks back only; set "
+            "model.blocks.0.mixer.causal=false",
+        ),
+        (
+            ["data.objective={kind: masked}", "model.blocks.0.mixer.window=8"],
+            "add a mixer without a window and with causal: false",
+        ),
         (
             ["data.objective={kind: masked}", "model.blocks.0.mixer.causal=false", "train.sample={prompt: a}"],
             "train.sample: text is written from left to right",

@@ -36,7 +36,7 @@ def by_hand(config: BlockFfn, module: BlockFfnLayer, x: Tensor) -> tuple[Tensor,
         active = logits.relu()
         share = active / (active.square().mean() + 1e-6).sqrt() * module.gain
         out = torch.zeros_like(token)
-        for e in logits.argsort(descending=True)[: config.columns].tolist():
+        for e in logits.argsort(descending=True)[: config.met].tolist():
             if logits[e] > 0:
                 visits += 1
                 w13 = module.experts.w13[e]
@@ -53,7 +53,7 @@ def test_equals_one_expert_after_the_other(gated: bool, most: int | None) -> Non
     module, x = built(config), made(9, 2, 7, 8).requires_grad_()
     (out, tally), (wanted, visits) = module(x, Documents()), by_hand(config, module, x)
     torch.testing.assert_close(out, wanted)
-    assert int(tally.given.sum()) == visits < 14 * config.columns, "some meet fewer"
+    assert int(tally.given.sum()) == visits < 14 * config.met, "some meet fewer"
     leaves = [x, *module.parameters()]
     torch.testing.assert_close(*(torch.autograd.grad(y.sin().sum(), leaves) for y in (out, wanted)))
 

@@ -348,6 +348,7 @@ def test_what_cannot_be_imported_is_named(name: str, change: dict[str, Any], sai
         ({"norm": {"kind": "layer"}}, "model.norm.kind=layer"),
         ({"placement": "peri"}, "model.placement=peri"),
         ({"mixer": {"sinks": True}}, "model.blocks.0.mixer.sinks=True"),
+        ({"mixer": {"causal": False}}, "model.blocks.0.mixer.causal=False: theirs are"),
         ({"mixer": {"rope": None}}, "model.blocks.0.mixer.rope=null"),
         ({"mixer": {"window": 4}}, "model.blocks: mixer.window: Llama has none"),
         ({"ffn": {"kind": "geglu"}}, "model.blocks.0.ffn: every layer of theirs has swiglu or moe"),

@@ -72,10 +72,10 @@ def few(balance: float) -> Decoder:
 
 
 def choosing(balance: float) -> Decoder:
-    """Experts that choose their tokens, from all and from few, in a model that sees both ways; nothing is charged."""
+    """Experts that choose few and many tokens, in a model that sees both ways; nothing is charged."""
     mixer = Softmax(heads=4, head_dim=6, causal=False)
-    free, few = (ExpertChoice(experts=8, active=1.7, hidden=8, most=most) for most in (None, 3))
-    blocks = (Block(mixer=mixer, ffn=free), Block(mixer=mixer, ffn=few))
+    some, many = (ExpertChoice(experts=8, active=active, hidden=8) for active in (1.7, 5.0))
+    blocks = (Block(mixer=mixer, ffn=some), Block(mixer=mixer, ffn=many))
     return Decoder(width=22, vocabulary=VOCABULARY, blocks=blocks)
 
 

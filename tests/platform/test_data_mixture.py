@@ -151,6 +151,16 @@ def test_a_mixture_of_texts(folder: Path) -> None:
     assert any(note.startswith("source 2: ") for note in corpus.notes)
 
 
+def test_a_mixture_of_masks_is_not_causal(folder: Path) -> None:
+    sources = [text(folder, name, objective={"kind": "masked", "mask": f"<{name}>"}) for name in ("a", "b")]
+    config = mixture(*((1.0, source) for source in sources))
+    assert not config.causal and mixture((1.0, text(folder, "a"))).causal
+    corpus = config.build(0)
+    for rows in (corpus.train, corpus.held_out):
+        hidden = {int(token) for number in range(40) for token in rows.row(number).tokens if token > 256}
+        assert hidden == {257, 258}, "each its own, held out as well"
+
+
 def test_mistakes_are_named(folder: Path) -> None:
     a, b = text(folder, "a"), text(folder, "b")
     bad: list[tuple[list[tuple[float, dict[str, Any]]], dict[str, Any], str]] = [
@@ -163,6 +173,11 @@ def test_mistakes_are_named(folder: Path) -> None:
         ([(1.0, a), (1.0, b)], {"schedule": [{"at": 9, "weights": [1]}]}, r"schedule.0.weights=\[1.0\]: there are 2"),
         ([(1.0, a), (1.0, b)], {"schedule": [{"at": 9, "weights": [0, 0]}]}, "at least one positive"),
         ([(-1.0, a)], {}, "sources.0.weight=-1.0"),
+        (
+            [(1.0, a), (1.0, {**b, "objective": {"kind": "masked"}})],
+            {},
+            r"sources.1.data.objective: masked",
+        ),
     ]
     for sources, other, message in bad:
         with pytest.raises(ConfigError, match=message):

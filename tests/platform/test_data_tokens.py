@@ -11,6 +11,7 @@ import pytest
 from farspan.parallel.context.shard import IGNORE
 from farspan.platform.data import Tokens, index
 from farspan.platform.data.corpus import Corpus
+from farspan.platform.data.objective import Masked
 from farspan.platform.data.tokens import Maps
 from streams import stream
 
@@ -82,6 +83,12 @@ def test_the_held_out_share_is_a_fixed_choice_of_each_file(tmp_path: Path, share
         assert 15 <= len(held_out) <= 40
         alone = stream(build(paths[0], held_out=share).held_out)
         assert alone == held_out[: len(alone)]  # another file beside it changes nothing
+
+
+def test_masked_tokens_are_masked_when_held_out(tmp_path: Path) -> None:
+    built = build(put(tmp_path / "x", some(1, 40)), held_out=0.3, objective=Masked())
+    for rows in (built.train, built.held_out):
+        assert all((rows.row(number).tokens == 257).any() for number in range(len(rows)))
 
 
 def test_the_fingerprint_knows_contents_and_not_places(tmp_path: Path) -> None:
