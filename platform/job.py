@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal
 
+from farspan.models.ffns import Sparse
 from farspan.models.mixers import Softmax
 from farspan.models.zoo import Model
 from farspan.parallel.expert import DeepEp
@@ -268,7 +269,9 @@ class Job:
                 train.deterministic
             ),
         }
-        found = [problem for problem, is_so in refused.items() if is_so] + dispatch.problems(ep, self.model.width)
+        wishes = max((block.ffn.wishes for block in self.model.blocks if isinstance(block.ffn, Sparse)), default=0)
+        found = [problem for problem, is_so in refused.items() if is_so]
+        found += dispatch.problems(ep, self.model.width, wishes)
         return [f"{problem}, or parallel.dispatch: {{kind: all_to_all}}" for problem in found]
 
     def _one_way(self) -> list[str]:

@@ -45,6 +45,10 @@ class ExpertChoice(Dealt):
     def met(self) -> int:
         return ceil(self.active)
 
+    @property
+    def wishes(self) -> int:
+        return self.experts
+
     def build(self, width: int, depth: int, linear: Linear = Plain()) -> "ExpertChoiceFfn":  # noqa: B008 - frozen
         return ExpertChoiceFfn(self, width, depth)
 

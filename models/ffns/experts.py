@@ -49,6 +49,11 @@ class Dealt(ABC):
     def met(self) -> int:
         """How many experts a token meets: on average where they choose, at most where tokens do."""
 
+    @property
+    def wishes(self) -> int:
+        """How many experts a token may wish for."""
+        return self.met
+
     def tensor_problems(self, tp: int) -> list[str]:
         """What keeps the layer from being spread over `tp` ranks."""
         return []

@@ -26,6 +26,8 @@ RANKS = (2, 4, 8, 16, 32, 64, 128, 144, 160)
 """Sizes of ep that DeepEP has kernels for: up to 8 ranks are one node, and from 16 on every 8 are."""
 WIDEST = 8176
 """Channels of a token that a warp's shared memory holds."""
+WISHES = 32
+"""Experts that a token may choose: a thread of a warp for each."""
 
 
 class Buffered(Local):
@@ -196,13 +198,17 @@ class DeepEp:
     """As all_to_all, by the kernels of the package deep_ep: bf16 tokens on GPUs, over NVLink in a node and RDMA
     between nodes."""
 
-    def problems(self, ep: int, width: int) -> list[str]:
-        """What its kernels cannot do."""
+    def problems(self, ep: int, width: int, wishes: int) -> list[str]:
+        """What its kernels cannot do. wishes: of a token, the most that a layer has."""
         step, found = 16 if ep <= 8 else 256, []
         if ep not in RANKS:
             found.append(f"parallel.ep={ep}: DeepEP is for {', '.join(map(str, RANKS))} ranks; set one of these")
         if width % step or width > WIDEST:
             found.append(f"model.width={width}: DeepEP's tokens have a multiple of {step} channels, at most {WIDEST}")
+        if wishes > WISHES:
+            found.append(
+                f"model.blocks: ffn: a token may wish for {wishes} experts, with DeepEP for {WISHES}; set fewer"
+            )
         return found
 
     def build(self, axes: Axes) -> Dispatcher:

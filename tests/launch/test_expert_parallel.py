@@ -84,6 +84,11 @@ def test_mistakes_are_named(
         (True, ["train.precision=auto"], "DeepEP runs on GPUs alone, and launch.device is cpu"),
         (True, [], "train.precision=fp32: parallel.dispatch.kind=deep_ep sends tokens in bf16"),
         (True, ["train.deterministic=true"], "train.deterministic=True: parallel.dispatch.kind=deep_ep"),
+        (
+            True,
+            ["model.blocks.0.ffn={kind: block_ffn, experts: 64, hidden: 8}"],
+            "model.blocks: ffn: a token may wish for 64 experts, with DeepEP for 32; set fewer",
+        ),
         (True, ["model.width=72"], "model.width=72: DeepEP's tokens have a multiple of 16 channels, at most 8176"),
         (True, ["parallel.ep=3", "launch.ranks=3", "train.batch=6"], "parallel.ep=3: DeepEP is for 2, 4, 8, 16"),
     ],
