@@ -168,12 +168,12 @@ class Run:
             return
         self.rates = measure(plan.device, lambda: None)
         self.units = units_of(config, weights, known, 0, self.engine.units)
-        self.split = split_for(config.offload, self.units, self.rates)
-        self.away = isinstance(config.offload, Streamed) and config.offload.gradients
+        away = half if isinstance(config.offload, Streamed) and config.offload.gradients else None
+        self.away, self.split = away is not None, split_for(config.offload, self.units, self.rates, away)
         if plan.kept is not None and not self.away:
             self._rehearse()
         queues = queues_of(plan.device) if queues is None else queues
-        self.optimizer = Offloaded(self.units, self.split.places, queues, plan.device, half if self.away else None)
+        self.optimizer = Offloaded(self.units, self.split.places, queues, plan.device, away)
         self.engine.gate(self.optimizer.ready)
         if self.away:
             self.engine.give_away(self.optimizer.taken, self.optimizer.take)

@@ -402,15 +402,15 @@ class Trainer:
         every: list[Rates] = [mine] * dist.get_world_size(control)
         dist.all_gather_object(every, mine, group=control)
         units = units_of(optim, engine.weights, roles_of, self.job.seed, engine.units)
-        self.split = split = split_for(optim.offload, units, slowest(every))
+        held = held_types(self.job, self.mesh.sizes.dp, compute_type(self.job, device)).gradients
+        away = held if isinstance(optim.offload, Streamed) and optim.offload.gradients else None
+        self.split = split = split_for(optim.offload, units, slowest(every), away)
         self.say(
             f"optimizer state: {split.code} (resident, streamed, cpu), an update of {split.predicted.update:.3g} s"
         )
-        held = held_types(self.job, self.mesh.sizes.dp, compute_type(self.job, device)).gradients
-        away = isinstance(optim.offload, Streamed) and optim.offload.gradients
-        offloaded = Offloaded(units, split.places, queues_of(device), device, held if away else None)
+        offloaded = Offloaded(units, split.places, queues_of(device), device, away)
         engine.gate(offloaded.ready)
-        if away:
+        if away is not None:
             engine.give_away(offloaded.taken, offloaded.take)
         return offloaded
 

@@ -72,6 +72,8 @@ class Offloaded:
         pieces = [piece for stream in streams for piece in stream.pieces]
         self.window = Window(pieces, queues, device)
         self._ready: list[Callable[[], Mark]] = []
+        self._unasked: set[int] = set()
+        """Units of the present update that the model's streams do not wait for yet."""
         self.restored()
 
     def state(self) -> dict[str, Tensor]:
@@ -93,6 +95,7 @@ class Offloaded:
         self._span = [begin]
         begun = {id(store): store.update(numbers, rate, begin) for store in _one_ahead(self._stores)}
         self._ready = [begun[id(store)] for store in self._stores]
+        self._unasked = set(range(len(self._ready)))
         for piece in self.window.first:  # the next update's first pieces come while the model computes
             piece.fetch()
 
@@ -117,9 +120,11 @@ class Offloaded:
             return
         mark = self._ready[unit]()
         self._queues.hold(mark, streams)
+        self._unasked.discard(unit)
         if unit == len(self._ready) - 1 and len(self._span) == 1:
             self._span.append(mark)
             self._last = self._span
+        if not self._unasked:
             self._held = []
 
     def seconds(self) -> float | None:
@@ -169,11 +174,13 @@ def units_of(
     return [Unit(over_bf16, {name: weights[name] for name in unit}, roles, seed) for unit in names]
 
 
-def split_for(offload: Streamed | Interleaved, units: Sequence[Unit], rates: Rates) -> Split:
-    """Where the units' state goes."""
+def split_for(
+    offload: Streamed | Interleaved, units: Sequence[Unit], rates: Rates, gradients: torch.dtype | None = None
+) -> Split:
+    """Where the units' state goes. gradients: the type of those that wait in host memory; None: they do not."""
     sizes = [sum(local(weight).numel() for weight in unit.weights.values()) for unit in units]
     each = sum(unit.layout.size for unit in units) / max(1, sum(sizes))  # bytes a parameter, on the average
-    codec = Codec(down=each, up=each, resident=each, host=each)
+    codec = Codec(down=each + (gradients.itemsize if gradients else 0), up=each, resident=each, host=each)
     if isinstance(offload, Streamed):
         kept = in_front([unit.layout.size for unit in units], offload.device_gb * 1e9)
         return split(sizes, decode(spread(len(units), kept, 0)), codec, rates)

@@ -2,6 +2,7 @@
 
 import random
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -264,6 +265,23 @@ def test_what_the_cpu_updates_does_not_queue_behind_the_stream(unit: int, name: 
     assert not torch.equal(before, weights[name])
 
 
+def test_gradients_stay_until_every_unit_was_waited_for() -> None:
+    """Their memory is used again by streams that wait for what they wait for, and no more."""
+    weights = weights_of(torch.bfloat16)
+    optimizer = offloaded(EIGHT, weights, STREAMED, Inline())
+    give_gradients(weights, 1)
+    optimizer.update(1e-2, torch.tensor(1.0))
+    kept = [weakref.ref(weight.grad) for weight in weights.values() if weight.grad is not None]
+    for weight in weights.values():
+        weight.grad = None
+    for unit in (4, 0, 2, 1):
+        optimizer.ready(unit)
+        assert all(gradient() is not None for gradient in kept)
+    optimizer.ready(3)
+    assert all(gradient() is None for gradient in kept)
+    optimizer.close()
+
+
 def test_chance_begins_at_a_beta_of_099() -> None:
     assert not Adamw8(rate=1.0).adam.stochastic
     assert Adamw8(rate=1.0, betas=(0.9, 0.999)).adam.stochastic
@@ -278,7 +296,9 @@ def test_the_split_follows_what_is_asked_for() -> None:
     rates = Rates(h2d=50e9, d2h=50e9, duplex=48e9, cpu=1.7e9, gpu=200e9, **both)
     eight, halves = (units_of(config, weights, known, 7, names) for config in (EIGHT, HALVES))
     layer = eight[0].layout.size * 1e-9
-    assert split_for(Streamed(), eight, rates).code == "s" * 12
+    stay, away = split_for(Streamed(), eight, rates), split_for(Streamed(), eight, rates, torch.bfloat16)
+    assert stay.code == away.code == "s" * 12
+    assert away.predicted.update > 1.4 * stay.predicted.update, "gradients come back with state"
     assert split_for(Streamed(device_gb=2.01 * layer), eight, rates).code == "rr" + "s" * 10
     assert split_for(Streamed(device_gb=9.01 * layer), eight, rates).code == "r" * 12, "the window is not needed"
     assert split_for(Interleaved(pattern="stride"), halves, rates).code == "cs" * 6
