@@ -30,6 +30,7 @@ ROUTED = (
     ("router_z", "Router logits", "mean squared log-sum-exp", True, True),
     ("active", "Experts a token", "mean over tokens and layers", True, True),
     ("dropped", "Dropped visits", "share of all", True, True),
+    ("unmet", "Tokens without an expert", "share of all", True, True),
     ("exchange_seconds", "Waiting for tokens", "seconds a step, of the first rank", True, True),
 )
 """Of models with experts; whoever has none is not missing them."""

@@ -233,7 +233,7 @@ class DecoderModel(nn.Module):
     def _sums(self, loss: Tensor, tallies: list[Tally], documents: Documents, batch: Batch) -> Sums:
         labels = self.vocabulary.part((batch.labels != IGNORE).to(tallies[0].given.dtype)).flatten()  # N
         own = by_row(torch.stack((torch.ones_like(labels), labels), dim=1), documents, len(batch.tokens))
-        told = [torch.stack([x.dropped for x in tallies]).sum(), torch.stack([x.z for x in tallies]).sum()]
+        told = [torch.stack(x).sum() for x in zip(*((x.dropped, x.z.sum(), x.unmet) for x in tallies), strict=True)]
         return Sums(
             loss=loss,
             cost=self._charge(tallies, own),

@@ -126,7 +126,7 @@ class Engine:
         """Tokens that chose each expert in the last step, layer by layer."""
         self.wishes: list[Tensor] = []
         """What routers would keep of these tokens, layer by layer; see `farspan.parallel.sums.Sums`."""
-        self.told = torch.zeros(3, device=mesh.device)
+        self.told = torch.zeros(4, device=mesh.device)
         self.waits: Waits | None = None
         """How long this rank waited for exchanges of tokens in the last step; None where there are none."""
         self._seed, self._routes = seed, bool(getattr(model, "routes", False))

@@ -17,7 +17,7 @@ class Sums(NamedTuple):
     wishes: tuple[Tensor, ...]
     """Of each layer with experts, what its router would keep of these tokens, times their number: E, or 0."""
     told: Tensor
-    """Over layers, 3: visits that were dropped, squared log-sum-exp of logits, and tokens."""
+    """Over layers, 4: visits that were dropped, squared log-sum-exp of logits, tokens that met nobody, and tokens."""
 
 
 class Now(NamedTuple):

@@ -18,7 +18,7 @@ FILE = "metrics.jsonl"
 Line = dict[str, float | int | None]
 """A training line: `step loss grad_norm rate tokens tokens_per_second step_seconds mfu memory_gb attempt`, where tokens
 are counted from the start of the run and mfu is None where no peak is known; of models with experts also `router_cost
-load_max load_entropy active dropped router_z`, and `exchange_seconds` where tokens travel, see docs/moe.md. An
+load_max load_entropy active dropped unmet router_z`, and `exchange_seconds` where tokens travel, see docs/moe.md. An
 evaluation line: `step eval_loss attempt`."""
 
 _NOT_FINITE = ("nan", "inf", "-inf")

@@ -28,14 +28,15 @@ def peak(device: torch.device, compute: torch.dtype | None) -> float | None:
 
 def routed(engine: Engine) -> dict[str, Tensor]:
     """What routers were charged in the last step, how evenly tokens went to experts and to how many, how many of their
-    visits found no room, and how large logits are, over all ranks."""
+    visits found no room and how many met nobody, and how large logits are, over all ranks."""
     if not engine.loads:
         return {}
-    dropped, squares, tokens = engine.told
+    dropped, squares, unmet, tokens = engine.told
     visits = torch.stack([load.sum() for load in engine.loads]).sum()
     shares = {
         "active": visits / tokens.clamp(min=1),
         "dropped": dropped / visits.clamp(min=1),
+        "unmet": unmet / tokens.clamp(min=1),
         "router_z": squares / tokens.clamp(min=1),
     }
     return {"router_cost": engine.cost, **evenness(engine.loads), **shares}

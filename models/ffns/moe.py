@@ -25,6 +25,7 @@ from farspan.models.ffns.router import (
     met,
     numbered,
     squared_lse,
+    unmet,
     without_padding,
 )
 from farspan.models.linear import Linear, Plain
@@ -245,6 +246,7 @@ class MoeFfn(Routed):
             scores=by_row(self._scores(logits), documents, rows) if config.balance else none,
             z=squared_lse(logits, documents, rows, config.z_loss > 0),
             dropped=none if config.capacity is None else ((wanted >= 0) & (chosen < 0)).sum().to(logits.dtype),
+            unmet=none if config.capacity is None else unmet(chosen, documents, logits),
             wish=wish,
         )
 

@@ -32,6 +32,8 @@ class Tally(NamedTuple):
     """Sums of the squared log-sum-exp of logits, R; differentiable where it is charged for."""
     dropped: Tensor
     """Visits that found no room, a scalar."""
+    unmet: Tensor
+    """Tokens that meet no expert at all, a scalar."""
     wish: Tensor
     """What the router would keep of these tokens, times their number: E; a zero for nothing."""
 
@@ -139,7 +141,15 @@ def uncharged(chosen: Tensor, logits: Tensor, documents: Documents, rows: int) -
     """chosen: N K, logits: N E -> what is told of a router that drops nothing and learns by the tokens' loss alone."""
     none = logits.new_zeros(())
     given, z = by_row(met(chosen, logits), documents, rows), squared_lse(logits, documents, rows, learns=False)
-    return Tally(given, scores=none, z=z, dropped=none, wish=none)
+    return Tally(given, scores=none, z=z, dropped=none, unmet=unmet(chosen, documents, logits), wish=none)
+
+
+def unmet(chosen: Tensor, documents: Documents, like: Tensor) -> Tensor:
+    """How many tokens chose nobody, or were chosen by nobody, as `like`: N K -> a scalar; padding left out."""
+    none = (chosen < 0).all(1)
+    if documents.places is not None:
+        none = none & (documents.places.flatten() >= 0)
+    return none.sum().to(like.dtype)
 
 
 def squared_lse(logits: Tensor, documents: Documents, rows: int, learns: bool) -> Tensor:

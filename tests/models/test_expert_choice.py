@@ -72,7 +72,7 @@ def test_alike_tokens_are_taken_in_their_order() -> None:
     module, row = built(PLAIN), made(1, 8).expand(1, 12, 8)
     out, tally = module(row, Documents())
     assert tally.given.tolist() == [[3] * 6]
-    assert out[0, :3].abs().min() > 0 and not out[0, 3:].any()
+    assert out[0, :3].abs().min() > 0 and not out[0, 3:].any() and tally.unmet == 9
 
 
 @pytest.mark.parametrize(

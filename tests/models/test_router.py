@@ -240,6 +240,7 @@ def test_who_finds_no_room_adds_nothing_and_is_counted() -> None:
     p, chosen = route(x.detach().flatten(0, 1) @ module.router.weight.T, 2, score="softmax", normalised=True)
     kept = within(chosen, p, torch.arange(18), (2, 9), 6, factor=0.5, drop="last", every=lambda said: said)
     assert int((kept < 0).sum()) == int(tally.dropped)
+    assert int((kept < 0).all(1).sum()) == int(tally.unmet) > 0
     wanted = module.experts(Visits(x.flatten(0, 1), kept, p)).view_as(x)
     torch.testing.assert_close(out, wanted)
 
