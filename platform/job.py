@@ -250,7 +250,7 @@ class Job:
             "optim.offload: is fsdp's; parallel.engine.offload is that of DeepSpeed": isinstance(self.optim, Adamw)
             and self.offload is not None,
             f"train.compile=True: {zero} runs layers as they are; set it to false": train.compile,
-            f"model.blocks: experts: {zero} does not charge their routers": self.model.routes,
+            f"model.blocks: experts: {zero} does not charge their routers; set another ffn": self.model.routes,
             f"train.recompute={train.recompute}: {zero} keeps activations on the device; set selective": train.stashed,
         }
         return [f"{problem}, or parallel.engine: {{kind: fsdp}}" for problem, found in refused.items() if found]

@@ -93,7 +93,8 @@ class Moe(Dealt):
             raise ValueError(f"groups={self.groups}: must divide experts={self.experts}")
         if not 1 <= self.kept_groups <= self.groups:
             raise ValueError(f"kept_groups={self.kept_groups}: must be from 1 to groups={self.groups}")
-        if not 1 <= self.active <= (taking := self.experts // self.groups * self.kept_groups):
+        taking = self.experts // self.groups * self.kept_groups
+        if not 1 <= self.active <= taking:
             raise ValueError(
                 f"active={self.active}: must be at least 1, and no more than the {taking} experts that take part"
             )
@@ -130,6 +131,7 @@ class Moe(Dealt):
         idle = {
             "drop": (self.capacity is None, "without a capacity no visit is left out; set capacity: 1.25"),
             "balance_over": (not self.balance, "balance=0 charges for nobody's loads; set balance: 0.01"),
+            "bias": (self.forced, "forced=True chooses in turns, and no bias decides; set forced: false"),
             "bias_rate": (self.bias != "aux_free", f"bias={self.bias} has no rate; set bias: aux_free"),
             "normalised": (self.score == "softmax_after", "softmax_after always sums to one; set score: softmax"),
         }

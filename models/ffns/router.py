@@ -155,7 +155,9 @@ def unmet(chosen: Tensor, documents: Documents, like: Tensor) -> Tensor:
 def squared_lse(logits: Tensor, documents: Documents, rows: int, learns: bool) -> Tensor:
     """Sums over the rows' tokens, R; differentiable if it `learns`."""
     with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
-        return by_row(logits.logsumexp(-1).square().unsqueeze(1), documents, rows).squeeze(1)
+        return by_row(logits.logsumexp(-1).square().unsqueeze(1), documents, rows).sum(
+            1
+        )  # no view, of which FSDP2 would warn
 
 
 def by_row(x: Tensor, documents: Documents, rows: int) -> Tensor:

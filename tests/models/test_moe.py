@@ -304,6 +304,8 @@ def test_the_model_adds_what_routers_charge() -> None:
     [
         ({"experts": 1}, "experts=1: must be at least 2"),
         ({"active": 7}, "active=7: must be at least 1, and no more than the 6 experts that take part"),
+        ({"active": 0}, "active=0: must be at least 1"),
+        ({"forced": True, "bias": "aux_free"}, "bias=aux_free: forced=True chooses in turns"),
         ({"groups": 4}, "groups=4: must divide experts=6"),
         ({"groups": 3, "kept_groups": 4}, "kept_groups=4: must be from 1 to groups=3"),
         ({"groups": 3, "active": 3}, "active=3: must be at least 1, and no more than the 2 experts"),
