@@ -12,6 +12,11 @@ IGNORE = -100
 """The label of a token that predicts nothing: the end of a document, or padding."""
 
 
+def entries(bounds: int) -> int:
+    """Entries of a cu_seqlens that holds so many bounds, the last one repeated: few shapes occur."""
+    return max(16, 1 << (bounds - 1).bit_length())
+
+
 class Documents(NamedTuple):
     """Who may see whom among the B·T tokens laid end to end, and which row each is of: what layers are told."""
 
@@ -103,8 +108,7 @@ class Batch:
         if apart:
             starts = torch.arange(rows + 1, dtype=torch.int32, device=self.tokens.device) * (length + extra)
             bounds = torch.cat((starts if bounds is None else bounds, starts[:-1] + length)).sort().values
-            entries = max(16, 1 << (len(bounds) - 1).bit_length())
-            bounds = torch.cat((bounds, bounds[-1:].expand(entries - len(bounds))))
+            bounds = torch.cat((bounds, bounds[-1:].expand(entries(len(bounds)) - len(bounds))))
 
         return replace(
             self,

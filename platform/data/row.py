@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from farspan.parallel.context.shard import IGNORE, Batch
+from farspan.parallel.context.shard import IGNORE, Batch, entries
 
 MULTIPLE = 64
 """Lengths of rows that are not all alike are multiples of this: few shapes, so few compilations."""
@@ -142,5 +142,4 @@ def _counted(lengths: Sequence[int]) -> NDArray[np.int64]:
 def _bounds(lengths: Sequence[int]) -> NDArray[np.int32]:
     """cu_seqlens of these lengths; the last bound repeats up to a power of two of at least 16 entries."""
     bounds = np.cumsum([0, *lengths], dtype=np.int32)
-    entries = max(16, 1 << (len(bounds) - 1).bit_length())
-    return np.pad(bounds, (0, entries - len(bounds)), mode="edge")
+    return np.pad(bounds, (0, entries(len(bounds)) - len(bounds)), mode="edge")
